@@ -1,0 +1,31 @@
+#include "base/metrics.h"
+
+#include <prometheus/text_serializer.h>
+
+namespace millrace {
+
+Metrics::Metrics()
+    : registry_(std::make_shared<prometheus::Registry>(prometheus::Registry::InsertBehavior::Merge)) {}
+
+prometheus::Counter& Metrics::Counter(const std::string& name, const std::string& help,
+                                      const MetricLabels& labels) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(*registry_).Add(labels);
+}
+
+prometheus::Gauge& Metrics::Gauge(const std::string& name, const std::string& help,
+                                  const MetricLabels& labels) {
+  return prometheus::BuildGauge().Name(name).Help(help).Register(*registry_).Add(labels);
+}
+
+prometheus::Histogram& Metrics::Histogram(const std::string& name, const std::string& help,
+                                          std::vector<double> buckets, const MetricLabels& labels) {
+  return prometheus::BuildHistogram()
+      .Name(name)
+      .Help(help)
+      .Register(*registry_)
+      .Add(labels, std::move(buckets));
+}
+
+std::string Metrics::Text() const { return prometheus::TextSerializer().Serialize(registry_->Collect()); }
+
+}  // namespace millrace

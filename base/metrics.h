@@ -1,0 +1,36 @@
+#pragma once
+// Prometheus metrics of one process. Families are made once and kept by their owner; updates are lock-free.
+
+#include <prometheus/counter.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace millrace {
+
+using MetricLabels = std::map<std::string, std::string>;
+
+// Thread-safe. References returned live as long as the registry. Asking again for the same name and labels
+// gives the same metric.
+class Metrics {
+ public:
+  Metrics();
+  prometheus::Counter& Counter(const std::string& name, const std::string& help,
+                               const MetricLabels& labels = {});
+  prometheus::Gauge& Gauge(const std::string& name, const std::string& help, const MetricLabels& labels = {});
+  prometheus::Histogram& Histogram(const std::string& name, const std::string& help,
+                                   std::vector<double> buckets, const MetricLabels& labels = {});
+  std::string Text() const;  // the exposition format
+  // For an exposer that serves these metrics by itself; shared, because it may outlive this object.
+  std::shared_ptr<prometheus::Collectable> collectable() const { return registry_; }
+
+ private:
+  std::shared_ptr<prometheus::Registry> registry_;
+};
+
+}  // namespace millrace
