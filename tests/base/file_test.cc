@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 
 #include <cstdlib>
+#include <filesystem>
 
 namespace millrace {
 namespace {
@@ -15,6 +16,7 @@ class FileTest : public testing::Test {
     ASSERT_NE(mkdtemp(pattern.data()), nullptr);
     directory_ = pattern;
   }
+  void TearDown() override { std::filesystem::remove_all(directory_); }
   std::string directory_;
 };
 

@@ -1,0 +1,54 @@
+#pragma once
+// The CPU backend: weights packed in row strips, kernels chosen by cpuid at start, one pool of worker
+// threads.
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "engine/backend/backend.h"
+#include "engine/model/checkpoint.h"
+
+namespace millrace::engine {
+
+enum class Isa { kAuto, kPortable, kAvx2, kAvx512 };
+StatusOr<Isa> ParseIsa(const std::string& name);  // "auto", "portable", "avx2", "avx512"
+
+// kFloat32: weights and KV in fp32 (FP8 dequantised exactly): for tests and small models. kBfloat16: weights
+// and KV in bf16. Activations and sums are fp32 in both.
+enum class Precision { kFloat32, kBfloat16 };
+StatusOr<Precision> ParsePrecision(const std::string& name);  // "float32", "bfloat16"
+
+// Called from the loading thread with bytes done and in all, at most every 50 ms and at the end.
+using LoadProgress = std::function<void(size_t done, size_t total)>;
+
+struct CpuWeightsOptions {
+  Precision precision = Precision::kBfloat16;
+  int num_threads = 0;  // for packing; 0 = every usable processor
+  LoadProgress progress;
+};
+
+// Packs a checkpoint that CheckTensors accepted. Errors name the tensor.
+StatusOr<std::shared_ptr<const Weights>> LoadCpuWeights(const Checkpoint& checkpoint,
+                                                        const ModelConfig& config,
+                                                        const CpuWeightsOptions& options);
+
+struct CpuBackendOptions {
+  int num_threads = 0;  // 0 = every usable processor
+  int32_t num_pages = 256;
+  int32_t batch_tokens_max = 512;  // tokens in one Forward; sizes the scratch memory
+  int32_t logit_rows_max = 64;     // sum of num_logits in one Forward
+  bool with_mtp = false;           // give the MTP layer KV pages and accept Segment::next_tokens
+  Isa isa = Isa::kAuto;            // a set that the processor lacks is InvalidArgument
+};
+
+// `weights` must come from LoadCpuWeights. ResourceExhausted names the bytes when memory cannot be had.
+StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(std::shared_ptr<const Weights> weights,
+                                                  const CpuBackendOptions& options);
+
+// Shows every token's chosen experts, for tests: `row` counts the step's tokens in batch order, layers are in
+// order with the MTP layer last. Called on the engine thread. `backend` must come from MakeCpuBackend.
+using RouterTrace = std::function<void(int32_t layer, int32_t row, std::span<const int32_t> experts)>;
+void SetRouterTrace(Backend& backend, RouterTrace trace);
+
+}  // namespace millrace::engine

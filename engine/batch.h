@@ -1,0 +1,34 @@
+#pragma once
+// One engine step, as a backend sees it: plain data, no scheduler, no requests.
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "engine/kv/layout.h"
+
+namespace millrace::engine {
+
+// A run of consecutive new tokens of one sequence. Their K and V are written to the sequence's pages; each
+// attends to everything before it in the sequence and to itself.
+struct Segment {
+  std::span<const int32_t> tokens;  // at least one
+  int32_t position = 0;             // of tokens[0] in the sequence
+  std::span<const PageId> pages;    // the sequence's page table; covers [0, position + tokens.size())
+  int32_t num_logits = 0;           // logits are wanted for the last num_logits tokens
+  // For the MTP layer: the token that follows each row (same length as `tokens`), or empty to leave the layer
+  // alone.
+  std::span<const int32_t> next_tokens;
+};
+
+struct Batch {
+  std::vector<Segment> segments;
+};
+
+// Outputs of a step. Owned by the backend, valid until its next Forward.
+struct StepOutput {
+  std::span<const float> logits;      // [sum of num_logits, vocab_size], in segment order
+  std::span<const float> mtp_logits;  // [sum of num_logits over segments with next_tokens, vocab_size]
+};
+
+}  // namespace millrace::engine

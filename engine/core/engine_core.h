@@ -1,0 +1,107 @@
+#pragma once
+// The engine without its thread: commands go in, Step computes, sinks hear. Engine thread only, all of it.
+//
+// engine_core.cc   the life of a request: submit, import, cancel, end, tickets
+// admission.cc     who gets pages: admission, grants, growth, preemption
+// step.cc          one step: expire, schedule, forward, sample
+
+#include <memory>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "base/clock.h"
+#include "engine/core/engine.h"
+#include "engine/core/sequence.h"
+#include "engine/kv/page_pool.h"
+#include "engine/scheduler/scheduler.h"
+
+namespace millrace::engine {
+
+// InvalidArgument, with both numbers, if the request can never run on such an engine. Pure.
+Status CheckRequest(const EngineRequest& request, const EngineOptions& options, const ModelConfig& config,
+                    const KvLayout& layout);
+
+class EngineCore {
+ public:
+  // Borrows `backend`.
+  EngineCore(const EngineOptions& options, Backend* backend);
+
+  // The commands of Engine, which says what they mean. The request has passed CheckRequest.
+  void Submit(SequenceRole role, EngineRequest request, std::unique_ptr<TokenSink> sink,
+              PrefillSink* prefill_sink);
+  void Grant(RequestId id, int32_t num_pages, Engine::GrantCallback callback);
+  void FinishImport(RequestId id, SampledToken first, bool first_already_sent);
+  void ImportToGenerate(RequestId id);
+  void Cancel(RequestId id);
+  void ReleaseTicket(RequestId id);
+
+  // A step in two halves. Prepare ends expired requests, hands out pages and picks the batch; false when
+  // there is nothing to run: only a command or a deadline can change that. Run computes what Prepare has just
+  // picked. An error of the backend ends every request with it and comes back from this and every later call.
+  bool Prepare();
+  Status Run();
+  void EndAll(const Status& status);
+
+  TimePoint NextDeadline() const;  // of the live requests; kNoDeadline when none has one
+  EngineStats Stats() const;
+  int32_t num_queued() const { return static_cast<int32_t>(queued_.size()); }  // what waiting_max bounds
+  int32_t last_batch_tokens() const { return last_batch_tokens_; }
+  // Page tables and tickets against the pool. For tests; ends the process at the first mismatch.
+  void CheckInvariants() const;
+
+ private:
+  // Life of a request.
+  Sequence* Find(RequestId id);
+  void Move(Sequence* sequence, SequenceState state);
+  void End(Sequence* sequence, const Status& status);  // OnError
+  void Erase(Sequence* sequence);
+  bool AppendToken(Sequence* sequence, SampledToken token, bool send);
+  void FailGrants(Sequence* sequence, const Status& status);
+  SequenceSet& SetOf(SequenceState state);
+
+  // Pages.
+  void HandOutPages();
+  bool Allocate(Sequence* sequence, int32_t count);
+  void DropPages(Sequence* sequence);
+  bool AdmitQueued(Sequence* sequence);
+  bool AnswerGrant(Sequence* sequence);
+  bool GrantIsSafe(const Sequence& sequence, int32_t count) const;
+  int32_t GrowthReserve() const;
+  void GrowRunning();
+  bool Grow(Sequence* sequence);
+  Sequence* PreemptionVictim() const;
+  void Preempt(Sequence* sequence);
+
+  // Step.
+  void Expire();
+  void BuildBatch();
+  Status RunBatch();
+  void TellLayer(int32_t layer);
+
+  const EngineOptions options_;
+  Backend* const backend_;
+  const KvLayout layout_;
+  PagePool pool_;
+
+  std::unordered_map<RequestId, std::unique_ptr<Sequence>>
+      sequences_;  // all live ones; each is in one set below
+  SequenceSet queued_;
+  SequenceSet importing_;
+  SequenceSet running_;
+  // Pages with a ticket hold. An entry appears with the first such page and goes at ReleaseTicket, whether
+  // its request lives or not.
+  std::unordered_map<RequestId, std::vector<PageId>> tickets_;
+  int64_t next_arrival_ = 0;
+
+  Batch batch_;
+  std::vector<Sequence*> runs_;  // the sequence of each of the batch's segments
+  int32_t last_batch_tokens_ = 0;
+  Status broken_;  // the backend's error
+  uint64_t steps_ = 0;
+  uint64_t prompt_tokens_ = 0;
+  uint64_t output_tokens_ = 0;
+  uint64_t preemptions_ = 0;
+};
+
+}  // namespace millrace::engine

@@ -1,0 +1,56 @@
+#include "engine/core/engine_metrics.h"
+
+namespace millrace::engine {
+namespace {
+
+prometheus::Gauge& GaugeOf(Metrics* metrics, const char* name, const char* help) {
+  return metrics->Gauge(std::string("millrace_engine_") + name, help);
+}
+
+prometheus::Counter& CounterOf(Metrics* metrics, const char* name, const char* help) {
+  return metrics->Counter(std::string("millrace_engine_") + name, help);
+}
+
+}  // namespace
+
+EngineMetrics::EngineMetrics(Metrics* metrics)
+    : pages_total_(GaugeOf(metrics, "pages", "KV pages in the pool")),
+      pages_free_(GaugeOf(metrics, "pages_free", "KV pages that nobody holds")),
+      pages_ticket_only_(
+          GaugeOf(metrics, "pages_ticket_only", "KV pages that only a transfer's ticket holds")),
+      waiting_(GaugeOf(metrics, "waiting", "Requests queued, waits for import pages included")),
+      running_(GaugeOf(metrics, "running", "Sequences in prefill or decode")),
+      importing_(GaugeOf(metrics, "importing", "Requests whose KV is on its way from a prefill worker")),
+      tickets_(GaugeOf(metrics, "tickets", "Requests whose ticket holds pages")),
+      steps_(CounterOf(metrics, "steps_total", "Batches computed")),
+      prompt_tokens_(
+          CounterOf(metrics, "prompt_tokens_total", "Prompt tokens computed, recomputation included")),
+      output_tokens_(CounterOf(metrics, "output_tokens_total", "Tokens sampled")),
+      preemptions_(
+          CounterOf(metrics, "preemptions_total", "Sequences that gave up their pages to be recomputed")),
+      step_seconds_(metrics->Histogram("millrace_engine_step_seconds", "Time of one batch, sampling included",
+                                       {0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10})),
+      batch_tokens_(metrics->Histogram("millrace_engine_batch_tokens", "Tokens of one batch",
+                                       {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192})) {}
+
+void EngineMetrics::Update(const EngineStats& stats) {
+  pages_total_.Set(stats.pages_total);
+  pages_free_.Set(stats.pages_free);
+  pages_ticket_only_.Set(stats.pages_ticket_only);
+  waiting_.Set(stats.waiting);
+  running_.Set(stats.running);
+  importing_.Set(stats.importing);
+  tickets_.Set(stats.tickets);
+  steps_.Increment(static_cast<double>(stats.steps - last_.steps));
+  prompt_tokens_.Increment(static_cast<double>(stats.prompt_tokens - last_.prompt_tokens));
+  output_tokens_.Increment(static_cast<double>(stats.output_tokens - last_.output_tokens));
+  preemptions_.Increment(static_cast<double>(stats.preemptions - last_.preemptions));
+  last_ = stats;
+}
+
+void EngineMetrics::OnStep(double seconds, int32_t batch_tokens) {
+  step_seconds_.Observe(seconds);
+  batch_tokens_.Observe(batch_tokens);
+}
+
+}  // namespace millrace::engine

@@ -1,0 +1,32 @@
+#pragma once
+// What the engine tells Prometheus: millrace_engine_*. Engine thread only.
+
+#include "base/metrics.h"
+#include "engine/core/engine.h"
+
+namespace millrace::engine {
+
+class EngineMetrics {
+ public:
+  explicit EngineMetrics(Metrics* metrics);  // outlives this
+  void Update(const EngineStats& stats);
+  void OnStep(double seconds, int32_t batch_tokens);
+
+ private:
+  prometheus::Gauge& pages_total_;
+  prometheus::Gauge& pages_free_;
+  prometheus::Gauge& pages_ticket_only_;
+  prometheus::Gauge& waiting_;
+  prometheus::Gauge& running_;
+  prometheus::Gauge& importing_;
+  prometheus::Gauge& tickets_;
+  prometheus::Counter& steps_;
+  prometheus::Counter& prompt_tokens_;
+  prometheus::Counter& output_tokens_;
+  prometheus::Counter& preemptions_;
+  prometheus::Histogram& step_seconds_;
+  prometheus::Histogram& batch_tokens_;
+  EngineStats last_;  // counters are told as differences
+};
+
+}  // namespace millrace::engine

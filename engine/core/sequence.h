@@ -1,0 +1,65 @@
+#pragma once
+// One live request inside the engine. Plain data; engine thread only.
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <set>
+#include <span>
+#include <vector>
+
+#include "engine/core/engine.h"
+
+namespace millrace::engine {
+
+enum class SequenceRole { kGenerate, kPrefill, kImport };
+
+// kQueued: holds no pages; waits for admission, an import for its first grant. kImporting: an import that
+// holds pages. kRunning: in prefill or decode. EngineCore::Move is the one place that changes it.
+enum class SequenceState { kQueued, kImporting, kRunning };
+
+struct PendingGrant {
+  int32_t num_pages = 0;
+  Engine::GrantCallback callback;
+};
+
+struct Sequence {
+  EngineRequest request;  // its prompt and output have moved to `tokens`
+  SequenceRole role = SequenceRole::kGenerate;
+  SequenceState state = SequenceState::kQueued;
+  int64_t arrival = 0;  // order of submission; unique; kept by a preempted sequence
+  std::unique_ptr<TokenSink> sink;
+  PrefillSink* prefill_sink = nullptr;  // `sink` of role kPrefill, else null
+
+  std::vector<int32_t> tokens;  // prompt, then output
+  int32_t num_prompt = 0;
+  int32_t num_imported = 0;         // tokens at submission: what an import's grants must cover
+  int32_t tokens_max = 0;           // the sequence ends at this many tokens (max_tokens or the context)
+  int32_t num_computed = 0;         // tokens whose KV is in `pages`
+  std::vector<int32_t> end_tokens;  // that end the answer, empty with ignore_eos but for the request's own
+
+  std::vector<PageId> pages;        // page table; one request hold on each
+  std::deque<PendingGrant> grants;  // import: asked for, not answered
+  bool ticket_released = false;     // from then on no page gets a ticket hold
+
+  int32_t num_tokens() const { return static_cast<int32_t>(tokens.size()); }
+  int32_t num_pages() const { return static_cast<int32_t>(pages.size()); }
+  int32_t num_output() const { return num_tokens() - num_prompt; }
+  int32_t num_pending() const { return num_tokens() - num_computed; }
+  bool is_decoding() const { return num_computed > 0 && num_pending() == 1; }
+  std::span<const int32_t> prompt() const { return std::span(tokens).first(static_cast<size_t>(num_prompt)); }
+  std::span<const int32_t> output() const {
+    return std::span(tokens).subspan(static_cast<size_t>(num_prompt));
+  }
+};
+
+// Higher priority first, then earlier arrival.
+struct RanksBefore {
+  bool operator()(const Sequence* a, const Sequence* b) const {
+    if (a->request.priority != b->request.priority) return a->request.priority > b->request.priority;
+    return a->arrival < b->arrival;
+  }
+};
+using SequenceSet = std::set<Sequence*, RanksBefore>;
+
+}  // namespace millrace::engine

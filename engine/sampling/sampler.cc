@@ -1,0 +1,229 @@
+#include "engine/sampling/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "base/random.h"
+
+namespace millrace::engine {
+namespace {
+
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+// Tokens less likely than e^-40 times the best one weigh less than the rounding of the sum and are left out:
+// a peaked distribution needs few exponentials.
+constexpr double kWeightCut = -40;
+
+struct Candidate {
+  float logit;
+  int32_t token;
+  double weight;  // exp((logit - best logit) / temperature)
+};
+
+bool MoreLikely(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+}
+
+// Per thread and reused: a step allocates nothing large.
+struct Scratch {
+  std::vector<float> logits;
+  std::vector<int32_t> counts;  // all zero between calls
+  std::vector<Candidate> candidates;
+};
+
+bool NeedsAdjustment(const SampleInput& input, const SamplingParams& params) {
+  return !params.logit_bias.empty() || params.repetition_penalty != 1 || params.presence_penalty != 0 ||
+         params.frequency_penalty != 0 ||
+         (static_cast<int32_t>(input.output.size()) < params.min_tokens && !input.end_tokens.empty());
+}
+
+// Calls visit(token, count) once per distinct token of `spans`, with the number of its occurrences.
+template <typename Visit>
+void ForEachDistinct(std::initializer_list<std::span<const int32_t>> spans, int32_t num_tokens,
+                     std::vector<int32_t>* counts, const Visit& visit) {
+  counts->resize(std::max(counts->size(), static_cast<size_t>(num_tokens)));
+  for (const auto& span : spans) {
+    for (const int32_t token : span) {
+      if (token >= 0 && token < num_tokens) ++(*counts)[static_cast<size_t>(token)];
+    }
+  }
+  for (const auto& span : spans) {
+    for (const int32_t token : span) {
+      if (token < 0 || token >= num_tokens) continue;
+      const int32_t count = std::exchange((*counts)[static_cast<size_t>(token)], 0);
+      if (count > 0) visit(token, count);
+    }
+  }
+}
+
+// Logit bias, penalties and the mask of min_tokens, on a copy.
+std::span<const float> Adjust(std::span<const float> logits, const SampleInput& input,
+                              const SamplingParams& params, Scratch* scratch) {
+  const auto num_tokens = static_cast<int32_t>(logits.size());
+  std::vector<float>& adjusted = scratch->logits;
+  adjusted.assign(logits.begin(), logits.end());
+  for (const auto& [token, bias] : params.logit_bias) {
+    if (token >= 0 && token < num_tokens) adjusted[static_cast<size_t>(token)] += bias;
+  }
+  if (params.repetition_penalty != 1) {
+    ForEachDistinct({input.prompt, input.output}, num_tokens, &scratch->counts, [&](int32_t token, int32_t) {
+      float& logit = adjusted[static_cast<size_t>(token)];
+      logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
+    });
+  }
+  if (params.presence_penalty != 0 || params.frequency_penalty != 0) {
+    ForEachDistinct({input.output}, num_tokens, &scratch->counts, [&](int32_t token, int32_t count) {
+      adjusted[static_cast<size_t>(token)] -=
+          params.presence_penalty + params.frequency_penalty * static_cast<float>(count);
+    });
+  }
+  if (static_cast<int32_t>(input.output.size()) < params.min_tokens) {
+    for (const int32_t token : input.end_tokens) {
+      if (token >= 0 && token < num_tokens) adjusted[static_cast<size_t>(token)] = kMasked;
+    }
+  }
+  return adjusted;
+}
+
+int32_t ArgMax(std::span<const float> logits) {
+  size_t best = 0;
+  float best_logit = kMasked;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (logits[i] > best_logit) {  // strict: ties go to the lowest id
+      best = i;
+      best_logit = logits[i];
+    }
+  }
+  return static_cast<int32_t>(best);
+}
+
+// Sorts candidates, most likely first, only as far as somebody looks.
+class SortedCandidates {
+ public:
+  explicit SortedCandidates(std::vector<Candidate>* candidates) : candidates_(candidates) {}
+
+  size_t size() const { return candidates_->size(); }
+  // The index-th most likely candidate.
+  const Candidate& At(size_t index) {
+    while (index >= num_sorted_) SortBlock();
+    return (*candidates_)[index];
+  }
+  void KeepFirst(size_t count) {
+    if (count >= size()) return;
+    if (count > num_sorted_) {
+      std::nth_element(candidates_->begin() + static_cast<ptrdiff_t>(num_sorted_),
+                       candidates_->begin() + static_cast<ptrdiff_t>(count), candidates_->end(), MoreLikely);
+    }
+    candidates_->resize(count);
+    num_sorted_ = std::min(num_sorted_, count);
+  }
+
+ private:
+  void SortBlock() {
+    const size_t end = std::min(size(), num_sorted_ + std::max<size_t>(64, num_sorted_));
+    const auto first = candidates_->begin() + static_cast<ptrdiff_t>(num_sorted_);
+    const auto last = candidates_->begin() + static_cast<ptrdiff_t>(end);
+    if (last != candidates_->end()) std::nth_element(first, last, candidates_->end(), MoreLikely);
+    std::sort(first, last, MoreLikely);
+    num_sorted_ = end;
+  }
+
+  std::vector<Candidate>* candidates_;
+  size_t num_sorted_ = 0;
+};
+
+// Sums always run from the most likely candidate down, or by id over all of them: the same floats in the same
+// order on every worker.
+int32_t Draw(std::span<const float> logits, float best_logit, const SamplingParams& params, double uniform,
+             std::vector<Candidate>* candidates) {
+  candidates->clear();
+  const double inverse_temperature = 1.0 / static_cast<double>(params.temperature);
+  double total = 0;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const double exponent =
+        (static_cast<double>(logits[i]) - static_cast<double>(best_logit)) * inverse_temperature;
+    if (!(exponent >= kWeightCut)) continue;  // also drops NaN
+    const double weight = std::exp(exponent);
+    total += weight;
+    candidates->push_back({logits[i], static_cast<int32_t>(i), weight});
+  }
+  SortedCandidates sorted(candidates);
+  if (params.top_k > 0 && static_cast<size_t>(params.top_k) < sorted.size()) {
+    sorted.KeepFirst(static_cast<size_t>(params.top_k));
+    total = 0;
+    for (size_t i = 0; i < sorted.size(); ++i) total += sorted.At(i).weight;
+  }
+  if (params.top_p < 1 || params.min_p > 0) {
+    // The best candidate weighs 1, so min_p bounds the weight itself. Both cut the tail.
+    const double mass = static_cast<double>(params.top_p) * total;
+    double kept = 0;
+    size_t count = 0;
+    while (count < sorted.size() &&
+           (count == 0 || (kept < mass && sorted.At(count).weight >= params.min_p))) {
+      kept += sorted.At(count++).weight;
+    }
+    sorted.KeepFirst(count);
+    total = kept;
+  }
+  const double target = uniform * total;
+  double below = 0;
+  for (size_t i = 0; i + 1 < sorted.size(); ++i) {
+    below += sorted.At(i).weight;
+    if (below > target) return sorted.At(i).token;
+  }
+  return sorted.At(sorted.size() - 1).token;
+}
+
+void FillLogprobs(std::span<const float> logits, float best_logit, int32_t num_logprobs,
+                  SampledToken* sampled) {
+  double sum = 0;
+  for (const float logit : logits) {
+    const double exponent = static_cast<double>(logit) - static_cast<double>(best_logit);
+    if (exponent >= kWeightCut) sum += std::exp(exponent);
+  }
+  const double normalizer = static_cast<double>(best_logit) + std::log(sum);
+  const auto logprob = [&](int32_t token) {
+    return static_cast<float>(static_cast<double>(logits[static_cast<size_t>(token)]) - normalizer);
+  };
+  sampled->logprob = logprob(sampled->token);
+  if (num_logprobs == 0) return;
+  std::vector<Candidate> top;  // sorted; at most num_logprobs + 1
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!(logits[i] > kMasked)) continue;
+    const bool full = static_cast<int32_t>(top.size()) == num_logprobs;
+    if (full && !(logits[i] > top.back().logit)) continue;
+    const Candidate candidate{logits[i], static_cast<int32_t>(i), 0};
+    top.insert(std::upper_bound(top.begin(), top.end(), candidate, MoreLikely), candidate);
+    if (full) top.pop_back();
+  }
+  sampled->top.reserve(top.size());
+  for (const Candidate& candidate : top) sampled->top.push_back({candidate.token, logprob(candidate.token)});
+}
+
+}  // namespace
+
+SampledToken Sample(const SampleInput& input, const SamplingParams& params) {
+  thread_local Scratch scratch;
+  MR_CHECK(input.num_tokens_in_vocabulary > 0 &&
+               static_cast<size_t>(input.num_tokens_in_vocabulary) <= input.logits.size(),
+           "{} tokens, {} logits", input.num_tokens_in_vocabulary, input.logits.size());
+  std::span<const float> logits = input.logits.first(static_cast<size_t>(input.num_tokens_in_vocabulary));
+  if (NeedsAdjustment(input, params)) logits = Adjust(logits, input, params, &scratch);
+  const int32_t best = ArgMax(logits);
+  const float best_logit = logits[static_cast<size_t>(best)];
+  SampledToken sampled;
+  sampled.token = best;
+  const bool drawable = best_logit > kMasked;  // false only when every token is masked
+  if (params.temperature > 0 && drawable) {
+    const double uniform = UniformAt(params.seed, input.output.size());
+    sampled.token = Draw(logits, best_logit, params, uniform, &scratch.candidates);
+  }
+  if (params.num_logprobs >= 0 && drawable) FillLogprobs(logits, best_logit, params.num_logprobs, &sampled);
+  return sampled;
+}
+
+}  // namespace millrace::engine

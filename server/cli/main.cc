@@ -1,0 +1,32 @@
+#include "server/cli/commands.h"
+
+int main(int argc, char** argv) {
+  using namespace millrace::server;
+  CLI::App app("Millrace: a disaggregated inference server for the Ling Mixture-of-Experts models",
+               "millrace");
+  app.require_subcommand(1);
+  app.set_version_flag("--version", MILLRACE_VERSION);
+  app.footer(
+      "'millrace COMMAND --help' explains a command. Start with: millrace serve --model "
+      "deploy/models/ling-tiny");
+
+  AddConfigFile(app);
+  ServeOptions serve;
+  GatewayCommandOptions gateway;
+  WorkerCommandOptions worker;
+  ChatOptions chat;
+  InspectOptions inspect;
+  CLI::App* const serve_command = AddServe(app, serve);
+  CLI::App* const gateway_command = AddGateway(app, gateway);
+  CLI::App* const worker_command = AddWorker(app, worker);
+  CLI::App* const chat_command = AddChat(app, chat);
+  CLI::App* const inspect_command = AddInspect(app, inspect);
+  CLI11_PARSE(app, argc, argv);
+
+  if (serve_command->parsed()) return RunServe(serve, EffectiveConfiguration(*serve_command));
+  if (gateway_command->parsed()) return RunGateway(gateway, EffectiveConfiguration(*gateway_command));
+  if (worker_command->parsed()) return RunWorker(worker, EffectiveConfiguration(*worker_command));
+  if (chat_command->parsed()) return RunChat(chat);
+  if (inspect_command->parsed()) return RunInspect(inspect);
+  return 1;
+}

@@ -1,0 +1,228 @@
+#include "server/cli/options.h"
+
+#include <charconv>
+#include <sstream>
+
+#include "base/json.h"
+
+namespace millrace::server {
+namespace {
+
+// CLI11 reads INI by itself; this makes --config a JSON object whose keys are the flags of the command that
+// was given.
+class JsonConfig : public CLI::Config {
+ public:
+  explicit JsonConfig(const CLI::App* app) : app_(app) {}
+
+  std::string to_config(const CLI::App*, bool, bool, std::string) const override { return ""; }
+
+  std::vector<CLI::ConfigItem> from_config(std::istream& input) const override {
+    std::stringstream text;
+    text << input.rdbuf();
+    const auto parsed = ParseOrderedJson(text.str());
+    if (!parsed.ok()) throw CLI::ConfigError("configuration file: " + std::string(Message(parsed.status())));
+    if (!parsed->is_object()) throw CLI::ConfigError("configuration file: a JSON object is expected");
+    std::vector<CLI::ConfigItem> entries;
+    for (const auto& [key, value] : parsed->items()) {
+      CLI::ConfigItem item;
+      item.name = key;
+      item.parents = {app_->get_subcommands().front()->get_name()};
+      for (const auto& entry : value.is_array() ? value : OrderedJson::array({value})) {
+        if (entry.is_object() || entry.is_array() || entry.is_null()) {
+          throw CLI::ConfigError("configuration file: '" + key +
+                                 "' must be a string, a number, a boolean or a list of them");
+        }
+        item.inputs.push_back(entry.is_string() ? entry.get<std::string>() : entry.dump());
+      }
+      entries.push_back(std::move(item));
+    }
+    return entries;
+  }
+
+ private:
+  const CLI::App* const app_;
+};
+
+CLI::App* AddCommand(CLI::App& app, const char* name, const char* description) {
+  CLI::App* command = app.add_subcommand(name, description);
+  command->fallthrough();  // so that --config may follow the command
+  command->get_formatter()->column_width(34);
+  command->footer("");
+  return command;
+}
+
+// What every command that serves takes.
+void AddHosting(CLI::App* command, LogOptions& log) {
+  command->footer(
+      "--config FILE takes the same from a JSON object whose keys are these flags without the dashes. Flags "
+      "on\n"
+      "the command line win; unknown keys are refused.");
+  command->add_option("--log-level", log.level, "trace, debug, info, warn, error or off")
+      ->capture_default_str();
+  command->add_option("--log-format", log.format, "text, or json: one object per line")
+      ->capture_default_str();
+}
+
+void AddModel(CLI::App* command, ModelOptions& model) {
+  command
+      ->add_option("--model", model.model, "Checkpoint directory: config.json, tokenizer.json, *.safetensors")
+      ->required();
+  command->add_option("--model-name", model.model_name,
+                      "Name that clients use (default: the directory's name)");
+  command->add_option("--precision", model.precision, "Weights and KV cache: bfloat16 or float32")
+      ->capture_default_str();
+  command->add_option("--isa", model.isa, "Kernels: auto, portable, avx2 or avx512")->capture_default_str();
+  command->add_option("--threads", model.threads, "Compute threads per engine; 0 = every processor")
+      ->capture_default_str();
+  command->add_option("--kv-memory", model.kv_memory, "Memory for KV pages per engine, e.g. 512MiB or 8GiB")
+      ->capture_default_str();
+  command
+      ->add_option("--batch-tokens-max", model.batch_tokens_max,
+                   "Tokens in one step (prefill chunk and decode together)")
+      ->check(CLI::Range(65, 65536))
+      ->capture_default_str();
+  command->add_option("--running-max", model.running_max, "Requests decoding at once")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  command->add_option("--waiting-max", model.waiting_max, "Requests queued; one more is answered 429")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+}
+
+void AddHttp(CLI::App* command, HttpOptions& http) {
+  command->add_option("--listen", http.listen, "Address of the HTTP API; port 0 takes any free one")
+      ->capture_default_str();
+  command->add_option("--http-threads", http.http_threads, "Threads that serve connections")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command->add_option("--connections-max", http.connections_max, "Open client connections")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--request-timeout", http.request_timeout, "Seconds a request may take")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--keepalive", http.keepalive, "Seconds between comment lines in a silent stream")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--local-prefill-tokens-max", http.local_prefill_tokens_max,
+                   "Prompts up to this length are prefilled by the decode worker itself; 0 = none")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+}
+
+}  // namespace
+
+void AddConfigFile(CLI::App& app) {
+  app.config_formatter(std::make_shared<JsonConfig>(&app));
+  app.set_config("--config", "",
+                 "JSON file whose keys are the command's flags; flags on the command line win");
+  app.allow_config_extras(false);
+}
+
+CLI::App* AddServe(CLI::App& app, ServeOptions& options) {
+  CLI::App* command = AddCommand(
+      app, "serve", "Serve a model from this process: gateway, prefill and decode worker together");
+  AddModel(command, options.model);
+  AddHttp(command, options.http);
+  command->add_flag("--aggregated", options.aggregated,
+                    "One worker for prefill and decode instead of two joined by the transfer engine");
+  command->add_option("--drain", options.drain, "Seconds that running answers get after SIGTERM")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  AddHosting(command, options.log);
+  return command;
+}
+
+CLI::App* AddGateway(CLI::App& app, GatewayCommandOptions& options) {
+  CLI::App* command = AddCommand(app, "gateway", "Serve the HTTP API in front of prefill and decode workers");
+  command
+      ->add_option("--model", options.model,
+                   "Checkpoint directory; only config.json and the tokenizer files are read")
+      ->required();
+  command->add_option("--model-name", options.model_name,
+                      "Name that clients use (default: the directory's name)");
+  AddHttp(command, options.http);
+  command
+      ->add_option("--decode", options.decode,
+                   "Decode workers: host:port, repeatable; a DNS name stands for all its addresses")
+      ->required();
+  command->add_option("--prefill", options.prefill, "Prefill workers, likewise");
+  command->add_option("--drain", options.drain, "Seconds that running answers get after SIGTERM")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  AddHosting(command, options.log);
+  return command;
+}
+
+CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options) {
+  CLI::App* command = AddCommand(app, "worker", "Run one prefill or decode worker");
+  command->add_option("--role", options.role, "prefill, decode or both")
+      ->check(CLI::IsMember({"prefill", "decode", "both"}))
+      ->capture_default_str();
+  command->add_option("--listen", options.listen, "Address of the gRPC service")->capture_default_str();
+  command->add_option("--rail", options.rails,
+                      "Local address of one rail of the transfer engine (host or host:port), repeatable "
+                      "(default: the host of --listen)");
+  command->add_option("--metrics-listen", options.metrics_listen,
+                      "host:port where Prometheus finds /metrics (default: none)");
+  command->add_option("--grant-pages", options.grant_pages, "KV pages granted to a prefill worker at a time")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  AddModel(command, options.model);
+  command->add_option("--drain", options.drain, "Seconds that running requests get after SIGTERM")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  AddHosting(command, options.log);
+  return command;
+}
+
+CLI::App* AddChat(CLI::App& app, ChatOptions& options) {
+  CLI::App* command = AddCommand(app, "chat", "Talk to a server in the terminal");
+  command->add_option("--url", options.url, "Address of the HTTP API")->capture_default_str();
+  command->add_option("--system", options.system, "System message");
+  command->add_option("-p,--prompt", options.prompt, "Ask this one question and exit");
+  command->add_option("--temperature", options.temperature, "0 = always the likeliest token")
+      ->check(CLI::Range(0.0, 2.0))
+      ->capture_default_str();
+  command->add_option("--max-tokens", options.max_tokens, "Longest answer in tokens; 0 = what fits")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  return command;
+}
+
+CLI::App* AddInspect(CLI::App& app, InspectOptions& options) {
+  CLI::App* command = AddCommand(app, "inspect", "Check a checkpoint and say what it is");
+  command->add_option("--model,model", options.model, "Checkpoint directory")->required();
+  return command;
+}
+
+std::string EffectiveConfiguration(const CLI::App& command) {
+  std::string text = command.get_name() + ":";
+  for (const CLI::Option* option : command.get_options()) {
+    if (option->get_lnames().empty() || option->get_lnames()[0] == "help") continue;
+    std::string value;
+    for (const std::string& result : option->results()) value += (value.empty() ? "" : ",") + result;
+    if (value.empty()) value = option->get_default_str();
+    if (value.empty()) value = option->get_expected_max() == 0 ? "false" : "-";
+    text += fmt::format(" {}={}", option->get_lnames()[0], value);
+  }
+  return text;
+}
+
+StatusOr<size_t> ParseBytes(const std::string& text) {
+  size_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const std::string unit(end, text.data() + text.size());
+  int shift = -1;
+  if (unit.empty() || unit == "B") shift = 0;
+  if (unit == "KiB") shift = 10;
+  if (unit == "MiB") shift = 20;
+  if (unit == "GiB") shift = 30;
+  if (error != std::errc() || shift < 0 || value > (SIZE_MAX >> shift)) {
+    return InvalidArgument("'{}' is not a size: write e.g. 512MiB or 8GiB", text);
+  }
+  return value << shift;
+}
+
+}  // namespace millrace::server

@@ -1,0 +1,92 @@
+#pragma once
+// What the sub-commands take. Every field is a flag and a key of the JSON configuration file (--config);
+// unknown keys refuse to start.
+
+#include <CLI/CLI.hpp>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/log.h"
+
+namespace millrace::server {
+
+struct ModelOptions {
+  std::string model;       // checkpoint directory
+  std::string model_name;  // as clients name it; empty: the directory's name
+  std::string precision = "bfloat16";
+  std::string isa = "auto";
+  int threads = 0;                   // 0 = every processor this process may use
+  std::string kv_memory = "512MiB";  // KV pages, per engine
+  int32_t batch_tokens_max = 512;
+  int32_t running_max = 64;
+  int32_t waiting_max = 256;
+};
+
+struct HttpOptions {
+  std::string listen = "127.0.0.1:8000";
+  int http_threads = 1;
+  int32_t connections_max = 4096;
+  double request_timeout = 600;  // seconds
+  double keepalive = 15;         // seconds between comment lines in a silent stream
+  int32_t local_prefill_tokens_max = 0;
+};
+
+struct ServeOptions {
+  LogOptions log;
+  ModelOptions model;
+  HttpOptions http;
+  bool aggregated = false;
+  double drain = 30;  // seconds
+};
+
+struct GatewayCommandOptions {
+  LogOptions log;
+  std::string model;
+  std::string model_name;
+  HttpOptions http;
+  std::vector<std::string> prefill;
+  std::vector<std::string> decode;
+  double drain = 30;
+};
+
+struct WorkerCommandOptions {
+  LogOptions log;
+  ModelOptions model;
+  std::string role = "both";
+  std::string listen = "127.0.0.1:7001";
+  std::vector<std::string> rails;  // addresses of the transfer engine's TCP rails
+  std::string metrics_listen;      // host:port of /metrics; empty: none
+  int32_t grant_pages = 8;
+  double drain = 30;
+};
+
+struct ChatOptions {
+  std::string url = "http://127.0.0.1:8000";
+  std::string system;
+  std::string prompt;  // one question, then exit
+  double temperature = 0;
+  int32_t max_tokens = 0;  // 0 = the server's default
+};
+
+struct InspectOptions {
+  std::string model;
+};
+
+// --config FILE, for every sub-command.
+void AddConfigFile(CLI::App& app);
+
+// Each adds its sub-command to `app`; the struct must outlive parsing.
+CLI::App* AddServe(CLI::App& app, ServeOptions& options);
+CLI::App* AddGateway(CLI::App& app, GatewayCommandOptions& options);
+CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options);
+CLI::App* AddChat(CLI::App& app, ChatOptions& options);
+CLI::App* AddInspect(CLI::App& app, InspectOptions& options);
+
+// "effective configuration: listen=... threads=..." of a parsed sub-command, for the log.
+std::string EffectiveConfiguration(const CLI::App& command);
+
+// "512MiB", "2GiB", "1000000" -> bytes.
+StatusOr<size_t> ParseBytes(const std::string& text);
+
+}  // namespace millrace::server

@@ -1,0 +1,181 @@
+// serve, gateway and worker: build what the role needs, wait for a signal, tear down in order.
+#include <prometheus/exposer.h>
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+
+#include "base/log.h"
+#include "base/net.h"
+#include "server/cli/commands.h"
+#include "server/cli/host.h"
+#include "server/gateway/gateway.h"
+#include "server/router/membership.h"
+
+namespace millrace::server {
+namespace {
+
+int Fail(const Status& status) {
+  fmt::print(stderr, "millrace: {}\n", Message(status));
+  return 1;
+}
+
+// Blocks the signals that end a server, in this thread and all that it starts, so that WaitForSignal gets
+// them.
+class Signals {
+ public:
+  Signals() {
+    sigemptyset(&set_);
+    sigaddset(&set_, SIGINT);
+    sigaddset(&set_, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &set_, nullptr);
+    signal(SIGPIPE, SIG_IGN);
+  }
+  // A second signal ends the process at once.
+  void Wait() {
+    int number = 0;
+    sigwait(&set_, &number);
+    LogInfo("signal {}: draining", number == SIGINT ? "SIGINT" : "SIGTERM");
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+    pthread_sigmask(SIG_UNBLOCK, &set_, nullptr);
+  }
+
+ private:
+  sigset_t set_{};
+};
+
+Duration FromSeconds(double seconds) {
+  return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
+}
+
+GatewayOptions MakeGatewayOptions(const HttpOptions& http) {
+  GatewayOptions options;
+  options.listen = http.listen;
+  options.threads = http.http_threads;
+  options.connections_max = http.connections_max;
+  options.request_timeout = FromSeconds(http.request_timeout);
+  options.keepalive = FromSeconds(http.keepalive);
+  options.generation.local_prefill_tokens_max = http.local_prefill_tokens_max;
+  return options;
+}
+
+// Serves /metrics at `listen`, or nothing when it is empty. civetweb throws when it cannot bind.
+StatusOr<std::unique_ptr<prometheus::Exposer>> ExposeMetrics(const std::string& listen,
+                                                             const Metrics& metrics) {
+  if (listen.empty()) return std::unique_ptr<prometheus::Exposer>();
+  MR_RETURN_IF_ERROR(ParseHostPort(listen).status());
+  try {
+    auto exposer = std::make_unique<prometheus::Exposer>(listen, 1);
+    exposer->RegisterCollectable(metrics.collectable());
+    return exposer;
+  } catch (const std::exception& error) {
+    return Unavailable("cannot serve metrics on {}: {}", listen, error.what());
+  }
+}
+
+Status Serve(const ServeOptions& options, const std::string& effective) {
+  MR_RETURN_IF_ERROR(ConfigureLog(options.log));
+  LogInfo("{}", effective);
+  Signals signals;
+  Metrics metrics;
+  MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
+  MR_ASSIGN_OR_RETURN(const ModelInfo info, DescribeModel(options.model.model, options.model.model_name));
+
+  std::vector<HostedWorker> workers;
+  const auto roles = options.aggregated ? std::vector{WorkerRole::kBoth}
+                                        : std::vector{WorkerRole::kPrefill, WorkerRole::kDecode};
+  MembershipOptions members;
+  for (const WorkerRole role : roles) {
+    HostedWorkerOptions worker;
+    worker.role = role;
+    // Two engines in one process would fight over one metric; the decode side is what operators watch.
+    Metrics* const worker_metrics = role == WorkerRole::kPrefill ? nullptr : &metrics;
+    MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, worker_metrics));
+    members.workers.push_back(hosted.worker->address());
+    workers.push_back(std::move(hosted));
+  }
+  MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
+  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http), info,
+                                                         *model.tokenizer, *membership, metrics));
+  fmt::print("Millrace serves {} at http://{}\n", info.name, gateway->address());
+  fmt::print(
+      "  try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d "
+      "'{{\"model\":\"{}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is a violin?\"}}]}}'\n",
+      gateway->address(), info.name);
+  fmt::print("  or:  millrace chat --url http://{}\n", gateway->address());
+  std::fflush(stdout);
+  signals.Wait();
+  gateway->Shutdown(FromSeconds(options.drain));
+  for (HostedWorker& hosted : workers) hosted.worker->Shutdown(Duration::zero());
+  return OkStatus();
+}
+
+Status ServeGateway(const GatewayCommandOptions& options, const std::string& effective) {
+  MR_RETURN_IF_ERROR(ConfigureLog(options.log));
+  LogInfo("{}", effective);
+  Signals signals;
+  Metrics metrics;
+  MR_ASSIGN_OR_RETURN(const ModelInfo info, DescribeModel(options.model, options.model_name));
+  MR_ASSIGN_OR_RETURN(const auto tokenizer, engine::Tokenizer::Load(options.model));
+  MembershipOptions members;
+  members.workers = options.decode;
+  members.workers.insert(members.workers.end(), options.prefill.begin(), options.prefill.end());
+  std::sort(members.workers.begin(), members.workers.end());
+  members.workers.erase(std::unique(members.workers.begin(), members.workers.end()), members.workers.end());
+  MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
+  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http), info, *tokenizer,
+                                                         *membership, metrics));
+  fmt::print("Millrace serves {} at http://{}\n", info.name, gateway->address());
+  std::fflush(stdout);
+  signals.Wait();
+  gateway->Shutdown(FromSeconds(options.drain));
+  return OkStatus();
+}
+
+Status ServeWorker(const WorkerCommandOptions& options, const std::string& effective) {
+  MR_RETURN_IF_ERROR(ConfigureLog(options.log));
+  LogInfo("{}", effective);
+  Signals signals;
+  Metrics metrics;
+  MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
+  HostedWorkerOptions worker;
+  worker.role = options.role == "prefill"  ? WorkerRole::kPrefill
+                : options.role == "decode" ? WorkerRole::kDecode
+                                           : WorkerRole::kBoth;
+  worker.listen = options.listen;
+  worker.grant_pages = options.grant_pages;
+  MR_ASSIGN_OR_RETURN(const HostPort listen, ParseHostPort(options.listen));
+  const std::vector<std::string> rails = options.rails.empty() ? std::vector{listen.host} : options.rails;
+  for (const std::string& rail : rails) {
+    // Port 0 of a rail is any free one: peers learn it from the descriptor.
+    const bool bare = rail.find(':') == std::string::npos || (rail.front() == '[' && rail.back() == ']');
+    worker.rails.push_back(bare ? rail + ":0" : rail);
+  }
+  MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, &metrics));
+  MR_ASSIGN_OR_RETURN(const auto exposer, ExposeMetrics(options.metrics_listen, metrics));
+  fmt::print("Millrace {} worker of {} on {}\n", options.role, model.name, hosted.worker->address());
+  std::fflush(stdout);
+  signals.Wait();
+  hosted.worker->Shutdown(FromSeconds(options.drain));
+  return OkStatus();
+}
+
+}  // namespace
+
+int RunServe(const ServeOptions& options, const std::string& effective) {
+  const Status status = Serve(options, effective);
+  return status.ok() ? 0 : Fail(status);
+}
+
+int RunGateway(const GatewayCommandOptions& options, const std::string& effective) {
+  const Status status = ServeGateway(options, effective);
+  return status.ok() ? 0 : Fail(status);
+}
+
+int RunWorker(const WorkerCommandOptions& options, const std::string& effective) {
+  const Status status = ServeWorker(options, effective);
+  return status.ok() ? 0 : Fail(status);
+}
+
+}  // namespace millrace::server

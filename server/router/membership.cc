@@ -1,0 +1,304 @@
+#include "server/router/membership.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <set>
+
+#include "base/log.h"
+#include "base/net.h"
+#include "proto/worker.grpc.pb.h"
+#include "server/rpc/channel.h"
+#include "server/rpc/convert.h"
+#include "server/rpc/task_thread.h"
+
+namespace millrace::server {
+namespace {
+
+constexpr Duration kBackoffMin = std::chrono::milliseconds(100);
+constexpr Duration kBackoffMax = std::chrono::seconds(5);
+constexpr Duration kSilenceCheckEvery = std::chrono::milliseconds(250);
+
+TimePoint Now() { return std::chrono::steady_clock::now(); }
+
+WorkerSnapshot SnapshotFromProto(const std::string& address, const rpc::WorkerState& state) {
+  WorkerSnapshot snapshot;
+  snapshot.address = address;
+  switch (state.role()) {
+    case rpc::PREFILL:
+      snapshot.role = WorkerRole::kPrefill;
+      break;
+    case rpc::DECODE:
+      snapshot.role = WorkerRole::kDecode;
+      break;
+    default:
+      snapshot.role = WorkerRole::kBoth;
+      break;
+  }
+  snapshot.connected = true;
+  // A role from a later protocol is unknown here: such a worker is shown but gets no work.
+  snapshot.ready = state.ready() && rpc::Role_IsValid(state.role()) && state.role() != rpc::ROLE_UNSPECIFIED;
+  snapshot.epoch = state.epoch();
+  snapshot.model_name = state.model_name();
+  snapshot.model_digest = state.model_digest();
+  snapshot.layout_hash = state.layout_hash();
+  snapshot.protocol_version = state.protocol_version();
+  snapshot.pages_total = state.pages_total();
+  snapshot.pages_free = state.pages_free();
+  snapshot.waiting = state.waiting();
+  snapshot.running = state.running();
+  snapshot.context_max = state.context_max();
+  snapshot.prefill_tokens_per_second = state.prefill_tokens_per_second();
+  return snapshot;
+}
+
+// One watch stream. What it hears goes to its owner's thread through the two callbacks; `done` is the last.
+class WatchStream final : public grpc::ClientReadReactor<rpc::WorkerState> {
+ public:
+  using OnState = std::function<void(rpc::WorkerState)>;
+  using OnEnd = std::function<void(grpc::Status)>;
+
+  // `self_` keeps the stream alive until gRPC is through with it, whatever its owner does meanwhile.
+  static std::shared_ptr<WatchStream> Start(const std::shared_ptr<grpc::Channel>& channel, OnState on_state,
+                                            OnEnd on_end) {
+    auto stream = std::make_shared<WatchStream>();
+    stream->self_ = stream;
+    stream->on_state_ = std::move(on_state);
+    stream->on_end_ = std::move(on_end);
+    stream->stub_ = rpc::Worker::NewStub(channel);
+    stream->stub_->async()->Watch(&stream->context_, &stream->request_, stream.get());
+    stream->StartRead(&stream->state_);
+    stream->StartCall();
+    return stream;
+  }
+
+  void Cancel() { context_.TryCancel(); }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) return;
+    on_state_(state_);
+    StartRead(&state_);
+  }
+
+  void OnDone(const grpc::Status& status) override {
+    const std::shared_ptr<WatchStream> self = std::move(self_);
+    on_end_(status);
+  }
+
+ private:
+  OnState on_state_;
+  OnEnd on_end_;
+  std::unique_ptr<rpc::Worker::Stub> stub_;
+  grpc::ClientContext context_;
+  rpc::WatchRequest request_;
+  rpc::WorkerState state_;
+  std::shared_ptr<WatchStream> self_;
+};
+
+class WatchedMembership final : public Membership {
+ public:
+  WatchedMembership(const MembershipOptions& options, std::vector<HostPort> names)
+      : options_(options), names_(std::move(names)), channels_(options.credentials) {
+    answers_.resize(names_.size());
+    resolver_.Post([this] { ResolveAll(); });
+    ScheduleSilenceCheck();
+  }
+
+  ~WatchedMembership() override {
+    resolver_.Stop();  // may wait for a name server's time-out
+    watcher_.Post([this] {
+      ending_ = true;
+      for (auto& [address, member] : members_) {
+        if (member.stream != nullptr) member.stream->Cancel();
+      }
+      std::lock_guard lock(mutex_);
+      no_new_streams_ = true;
+      stream_ended_.notify_all();
+    });
+    {
+      std::unique_lock lock(mutex_);
+      stream_ended_.wait(lock, [this] { return no_new_streams_ && streams_ == 0; });
+    }
+    watcher_.Stop();
+  }
+
+  std::vector<WorkerSnapshot> Snapshot() const override {
+    std::vector<WorkerSnapshot> all;
+    std::lock_guard lock(mutex_);
+    for (const auto& [address, snapshot] : snapshots_) all.push_back(snapshot);
+    return all;
+  }
+
+  std::shared_ptr<grpc::Channel> ChannelTo(const std::string& address) override {
+    return channels_.Get(address);
+  }
+
+  bool CanServe() const override {
+    std::lock_guard lock(mutex_);
+    return std::any_of(snapshots_.begin(), snapshots_.end(), [](const auto& entry) {
+      return entry.second.connected && entry.second.ready && entry.second.role != WorkerRole::kPrefill;
+    });
+  }
+
+ private:
+  struct Member {
+    std::shared_ptr<WatchStream>
+        stream;               // shared with gRPC, which calls it until it has ended; null between streams
+    uint64_t generation = 0;  // of the stream; what an earlier one says is ignored
+    TimePoint heard;
+    Duration backoff = kBackoffMin;
+    bool reported_lost = false;
+  };
+
+  // Resolver thread.
+  void ResolveAll() {
+    for (size_t i = 0; i < names_.size(); ++i) {
+      StatusOr<std::vector<HostPort>> found = Resolve(names_[i]);
+      if (found.ok()) {
+        answers_[i] = *std::move(found);
+      } else {
+        LogDebug("membership: {}; {} addresses stay", Message(found.status()), answers_[i].size());
+      }
+    }
+    std::set<std::string> addresses;
+    for (const auto& answer : answers_) {
+      for (const HostPort& address : answer) addresses.insert(address.ToString());
+    }
+    watcher_.Post([this, addresses = std::move(addresses)] { SetAddresses(addresses); });
+    resolver_.PostAt(Now() + options_.resolve_every, [this] { ResolveAll(); });
+  }
+
+  // All below: watcher thread.
+  void SetAddresses(const std::set<std::string>& addresses) {
+    if (ending_) return;
+    for (auto it = members_.begin(); it != members_.end();) {
+      if (addresses.contains(it->first)) {
+        ++it;
+        continue;
+      }
+      LogInfo("worker {} left the list", it->first);
+      if (it->second.stream != nullptr) it->second.stream->Cancel();
+      channels_.Forget(it->first);
+      {
+        std::lock_guard lock(mutex_);
+        snapshots_.erase(it->first);
+      }
+      it = members_.erase(it);
+    }
+    for (const std::string& address : addresses) {
+      if (members_.contains(address)) continue;
+      members_[address];
+      {
+        std::lock_guard lock(mutex_);
+        snapshots_[address].address = address;
+      }
+      Connect(address);
+    }
+  }
+
+  void Connect(const std::string& address) {
+    const auto found = members_.find(address);
+    if (ending_ || found == members_.end() || found->second.stream != nullptr) return;
+    Member& member = found->second;
+    const uint64_t generation = member.generation = ++next_generation_;
+    member.heard = Now();
+    {
+      std::lock_guard lock(mutex_);
+      ++streams_;
+    }
+    member.stream = WatchStream::Start(
+        channels_.Get(address),
+        [this, address, generation](rpc::WorkerState state) {
+          watcher_.Post(
+              [this, address, generation, state = std::move(state)] { Heard(address, generation, state); });
+        },
+        [this, address, generation](grpc::Status status) {
+          watcher_.Post([this, address, generation, status] { Ended(address, generation, status); });
+        });
+  }
+
+  Member* Find(const std::string& address, uint64_t generation) {
+    const auto found = members_.find(address);
+    return found != members_.end() && found->second.generation == generation ? &found->second : nullptr;
+  }
+
+  void Heard(const std::string& address, uint64_t generation, const rpc::WorkerState& state) {
+    Member* member = Find(address, generation);
+    if (member == nullptr) return;
+    member->heard = Now();
+    member->backoff = kBackoffMin;
+    member->reported_lost = false;
+    WorkerSnapshot snapshot = SnapshotFromProto(address, state);
+    std::lock_guard lock(mutex_);
+    WorkerSnapshot& known = snapshots_[address];
+    if (!known.connected || known.ready != snapshot.ready) {
+      LogInfo("worker {} is {}", address, snapshot.ready ? "ready" : "not ready");
+    }
+    known = std::move(snapshot);
+  }
+
+  void MarkLost(const std::string& address, Member* member, const std::string& why) {
+    if (!member->reported_lost) LogWarning("worker {} is not reachable: {}", address, why);
+    member->reported_lost = true;
+    std::lock_guard lock(mutex_);
+    snapshots_[address].connected = false;
+  }
+
+  void Ended(const std::string& address, uint64_t generation, const grpc::Status& status) {
+    if (Member* member = Find(address, generation); member != nullptr) {
+      member->stream.reset();
+      MarkLost(address, member, status.error_message());
+      watcher_.PostAt(Now() + member->backoff, [this, address] { Connect(address); });
+      member->backoff = std::min(2 * member->backoff, kBackoffMax);
+    }
+    std::lock_guard lock(mutex_);
+    --streams_;
+    stream_ended_.notify_all();
+  }
+
+  void ScheduleSilenceCheck() {
+    watcher_.PostAt(Now() + kSilenceCheckEvery, [this] {
+      for (auto& [address, member] : members_) {
+        if (member.stream == nullptr || Now() - member.heard < options_.watch_timeout) continue;
+        MarkLost(address, &member, "silent for too long");
+        member.stream->Cancel();  // Ended follows and connects again
+      }
+      ScheduleSilenceCheck();
+    });
+  }
+
+  const MembershipOptions options_;
+  const std::vector<HostPort> names_;
+  ChannelPool channels_;
+  std::vector<std::vector<HostPort>> answers_;  // resolver thread: the last good answer per name
+
+  // Watcher thread.
+  std::map<std::string, Member> members_;
+  uint64_t next_generation_ = 0;
+  bool ending_ = false;
+
+  mutable std::mutex mutex_;  // innermost: nothing is called while it is held
+  std::map<std::string, WorkerSnapshot> snapshots_;
+  int streams_ = 0;  // whose Ended has not run
+  bool no_new_streams_ = false;
+  std::condition_variable stream_ended_;
+
+  // Tasks are bounded by members x one state per 100 ms. Last, so that they end first.
+  TaskThread watcher_{"membership"};
+  TaskThread resolver_{"resolver"};
+};
+
+}  // namespace
+
+StatusOr<std::unique_ptr<Membership>> Membership::Create(const MembershipOptions& options) {
+  std::vector<HostPort> names;
+  for (const std::string& worker : options.workers) {
+    MR_ASSIGN_OR_RETURN(HostPort name, ParseHostPort(worker));
+    names.push_back(std::move(name));
+  }
+  return std::unique_ptr<Membership>(new WatchedMembership(options, std::move(names)));
+}
+
+}  // namespace millrace::server

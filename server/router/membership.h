@@ -1,0 +1,37 @@
+#pragma once
+// Keeps the list of workers: static addresses and DNS names, each watched by one stream.
+
+#include <grpcpp/grpcpp.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "server/router/router.h"
+
+namespace millrace::server {
+
+struct MembershipOptions {
+  // "host:port". A DNS name stands for all its addresses and is resolved again every `resolve_every`; losing
+  // DNS stops changes, never traffic: the last good answer stays.
+  std::vector<std::string> workers;
+  Duration resolve_every = std::chrono::seconds(5);
+  Duration watch_timeout = std::chrono::seconds(3);  // a watch stream silent for longer counts as lost
+  std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
+};
+
+// Thread-safe. Resolution runs on its own thread, streams on gRPC's.
+class Membership {
+ public:
+  static StatusOr<std::unique_ptr<Membership>> Create(const MembershipOptions& options);
+  virtual ~Membership() = default;                           // ends every stream
+  virtual std::vector<WorkerSnapshot> Snapshot() const = 0;  // sorted by address
+  // The shared channel to a worker, known or not.
+  virtual std::shared_ptr<grpc::Channel> ChannelTo(const std::string& address) = 0;
+  // True once a worker of each needed kind was seen ready, now: (decode or both).
+  virtual bool CanServe() const = 0;
+};
+
+}  // namespace millrace::server

@@ -1,0 +1,51 @@
+#pragma once
+// Who serves a request: pure functions over snapshots of the workers. No clock, no I/O.
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+
+namespace millrace::server {
+
+enum class WorkerRole { kPrefill, kDecode, kBoth };
+
+// What the watch stream of one worker last said, plus whether that stream is alive.
+struct WorkerSnapshot {
+  std::string address;  // host:port, numeric
+  WorkerRole role = WorkerRole::kBoth;
+  bool connected = false;  // the watch stream is alive
+  bool ready = false;
+  uint64_t epoch = 0;
+  std::string model_name;
+  std::string model_digest;
+  uint64_t layout_hash = 0;
+  uint32_t protocol_version = 0;
+  int32_t pages_total = 0;
+  int32_t pages_free = 0;
+  int32_t waiting = 0;
+  int32_t running = 0;
+  int32_t context_max = 0;
+  double prefill_tokens_per_second = 0;  // 0 = not measured yet
+};
+
+struct RouteRequest {
+  int32_t prompt_tokens = 0;
+  int32_t local_prefill_tokens_max = 0;   // prompts up to here are prefilled by the decode worker itself
+  std::vector<std::string> exclude = {};  // addresses that failed this request already
+};
+
+struct Route {
+  std::string decode;
+  std::vector<std::string> prefill;  // in order of preference; empty: decode prefills
+};
+
+// Picks the decode worker with the least predicted load and orders the prefill workers that are compatible
+// with it (protocol version, model digest, KV layout hash) by predicted time to first token: (queued + prompt
+// tokens) over the measured rate. Ties go to the lower address, so equal snapshots give equal routes.
+// Unavailable, saying why ("no decode worker is ready: 2 known, 0 connected"), when nobody can serve.
+StatusOr<Route> PickRoute(std::span<const WorkerSnapshot> workers, const RouteRequest& request);
+
+}  // namespace millrace::server

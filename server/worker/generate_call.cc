@@ -1,0 +1,263 @@
+#include "server/worker/generate_call.h"
+
+#include <optional>
+
+#include "base/log.h"
+#include "server/rpc/channel.h"
+#include "server/rpc/convert.h"
+#include "server/worker/import_attempt.h"
+#include "server/worker/stream_writer.h"
+
+namespace millrace::server {
+namespace {
+
+TimePoint Now() { return std::chrono::steady_clock::now(); }
+
+int64_t Microseconds(Duration d) { return std::chrono::duration_cast<std::chrono::microseconds>(d).count(); }
+
+// Control thread, but for gRPC's callbacks, which only post. Shared by gRPC (until OnDone), the engine's
+// sinks and the tasks that are on their way.
+class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
+                           public WorkerCall,
+                           public ImportOwner,
+                           public std::enable_shared_from_this<GenerateCall> {
+ public:
+  GenerateCall(WorkerContext* context, const rpc::GenerateRequest* request)
+      : context_(context),
+        active_(context->active),
+        request_(*request),
+        // At most max_tokens tokens and one Phases wait here.
+        writer_([this](const rpc::GenerateEvent* event) { StartWrite(event); },
+                [this] { Finish(ToGrpc(outcome_)); }) {}
+
+  void Open() {
+    self_ = shared_from_this();
+    context_->control.Post([self = self_] { self->Begin(); });
+  }
+
+  // gRPC threads.
+  void OnWriteDone(bool ok) override {
+    context_->control.Post([self = shared_from_this(), ok] {
+      if (!ok) self->Leave(Cancelled("the caller is gone"));
+      self->writer_.OnWritten();
+    });
+  }
+  void OnCancel() override {
+    context_->control.Post([self = shared_from_this()] { self->Leave(Cancelled("the caller cancelled")); });
+  }
+  void OnDone() override {
+    context_->control.Post([self = std::move(self_)] {});
+  }
+
+  void Abort(const Status& status) override { End(status); }
+  void OnFirstToken(const engine::TokenEvent& first) override;
+  void OnImported(const AttemptTimes& times) override;
+  void OnAttemptFailed(const Status& status) override;
+
+ private:
+  class Sink;
+
+  void Begin();
+  Status Admit();
+  Status GenerateHere();
+  Status ImportFrom(const std::string& address);
+  std::optional<std::string> NextPrefillWorker();
+  void OnEngineToken(uint64_t run, const engine::TokenEvent& event);
+  void OnEngineError(uint64_t run, const Status& status);
+  void Deliver(const engine::TokenEvent& event);
+  void SendPhases(Duration queue, Duration prefill, Duration transfer, const std::string& prefill_worker);
+  void Leave(const Status& status);
+  void End(const Status& status);
+  std::unique_ptr<Sink> NewRun();
+
+  WorkerContext* const context_;
+  const ActiveGuard active_;
+  const rpc::GenerateRequest request_;
+  std::shared_ptr<GenerateCall> self_;  // gRPC's share
+  StreamWriter<rpc::GenerateEvent> writer_;
+
+  engine::EngineRequest native_;  // with the id of the current run
+  TimePoint begun_;
+  std::optional<TaskThread::TimerId> deadline_timer_;
+  // One run = one request to the engine. A retry with another P is a new run under a new id: grants always
+  // give the next pages of a sequence, and those of the failed run stay with its ticket until it has drained.
+  uint64_t run_ = 0;
+  std::shared_ptr<ImportAttempt>
+      attempt_;  // null when the engine needs nobody else; shared with its callbacks
+  int32_t prefill_tried_ = 0;
+  bool prefill_here_ = false;
+
+  int32_t next_index_ = 0;    // number of the next token to send
+  int32_t first_token_ = -1;  // token id that was sent as the first
+  bool phases_sent_ = false;
+  bool ended_ = false;
+  Status outcome_;
+};
+
+// Engine thread: only posts.
+class GenerateCall::Sink final : public engine::TokenSink {
+ public:
+  Sink(std::shared_ptr<GenerateCall> call, uint64_t run) : call_(std::move(call)), run_(run) {}
+  void OnToken(const engine::TokenEvent& event) override {
+    call_->context_->control.Post([call = call_, run = run_, event] { call->OnEngineToken(run, event); });
+  }
+  void OnError(const Status& status) override {
+    call_->context_->control.Post([call = call_, run = run_, status] { call->OnEngineError(run, status); });
+  }
+
+ private:
+  const std::shared_ptr<GenerateCall> call_;  // shared: the call may end first
+  const uint64_t run_;
+};
+
+void GenerateCall::Begin() {
+  if (ended_) return;  // cancelled already
+  context_->calls.insert(this);
+  begun_ = Now();
+  if (const Status status = Admit(); !status.ok()) return End(status);
+  const std::optional<std::string> prefill = NextPrefillWorker();
+  const Status status = prefill.has_value() ? ImportFrom(*prefill) : GenerateHere();
+  if (!status.ok()) End(status);
+}
+
+Status GenerateCall::Admit() {
+  const WorkerOptions& options = context_->options;
+  if (context_->draining) return Unavailable("the worker is shutting down");
+  if (options.role == WorkerRole::kPrefill) return FailedPrecondition("a prefill worker does not generate");
+  if (request_.model_digest() != options.model_digest) {
+    return FailedPrecondition("the request is for model {}, the worker has {}", request_.model_digest(),
+                              options.model_digest);
+  }
+  MR_ASSIGN_OR_RETURN(native_, RequestFromProto(request_, 0, begun_));
+  next_index_ = request_.output_size();
+  if (native_.deadline != kNoDeadline) {
+    deadline_timer_ = context_->control.PostAt(native_.deadline, [weak = weak_from_this()] {
+      if (const auto self = weak.lock(); self != nullptr)
+        self->End(DeadlineExceeded("the request's time is up"));
+    });
+  }
+  return OkStatus();
+}
+
+std::optional<std::string> GenerateCall::NextPrefillWorker() {
+  if (prefill_tried_ >= std::min(request_.prefill_size(), context_->options.prefill_attempts_max))
+    return std::nullopt;
+  return request_.prefill(prefill_tried_++);
+}
+
+std::unique_ptr<GenerateCall::Sink> GenerateCall::NewRun() {
+  native_.id = context_->NextId();
+  return std::make_unique<Sink>(shared_from_this(), ++run_);
+}
+
+Status GenerateCall::GenerateHere() {
+  prefill_here_ = true;
+  std::unique_ptr<Sink> sink = NewRun();
+  return context_->engine->Generate(native_, std::move(sink));
+}
+
+Status GenerateCall::ImportFrom(const std::string& address) {
+  std::unique_ptr<Sink> sink = NewRun();
+  MR_RETURN_IF_ERROR(context_->engine->BeginImport(native_, std::move(sink)));
+  attempt_ = ImportAttempt::Start(context_, this, {address, native_.id, request_, native_.deadline});
+  return OkStatus();
+}
+
+void GenerateCall::OnFirstToken(const engine::TokenEvent& first) { Deliver(first); }
+
+void GenerateCall::OnImported(const AttemptTimes& times) {
+  const std::string address = request_.prefill(prefill_tried_ - 1);
+  attempt_.reset();
+  SendPhases(times.granted - begun_, times.first_token - std::min(times.granted, times.first_token),
+             times.committed - times.first_token, address);
+}
+
+void GenerateCall::OnAttemptFailed(const Status& status) {
+  attempt_.reset();
+  if (ended_) return;
+  const std::optional<std::string> next = NextPrefillWorker();
+  if (!next.has_value()) {
+    LogInfo("request {}: prefills here: {}", request_.request_id(), Message(status));
+    prefill_here_ = true;
+    context_->engine->ImportToGenerate(native_.id);
+    return;
+  }
+  context_->engine->Cancel(native_.id);
+  if (const Status begun = ImportFrom(*next); !begun.ok()) End(begun);
+}
+
+void GenerateCall::OnEngineToken(uint64_t run, const engine::TokenEvent& event) {
+  if (ended_ || run != run_) return;
+  if (prefill_here_ && !phases_sent_) SendPhases(Duration(0), Now() - begun_, Duration(0), "");
+  Deliver(event);
+}
+
+void GenerateCall::OnEngineError(uint64_t run, const Status& status) {
+  if (run == run_) End(status);
+}
+
+// Every token once, in order. The first one can come again, from another P or from here, and is then the
+// same: sampling is a pure function of request and position.
+void GenerateCall::Deliver(const engine::TokenEvent& event) {
+  if (ended_) return;
+  const int32_t first_index = request_.output_size();
+  if (event.index == first_index && next_index_ > first_index) {
+    if (event.token.token == first_token_) return;
+    LogError("request {}: two workers sampled different first tokens", request_.request_id());
+    return End(
+        Internal("two workers sampled different first tokens ({} and {})", first_token_, event.token.token));
+  }
+  if (event.index != next_index_)
+    return End(Internal("token {} came instead of {}", event.index, next_index_));
+  if (event.index == first_index) first_token_ = event.token.token;
+  ++next_index_;
+  rpc::GenerateEvent message;
+  TokenToProto(event, message.mutable_token());
+  writer_.Push(std::move(message));
+  if (event.finish != engine::FinishReason::kNone) End(OkStatus());
+}
+
+void GenerateCall::SendPhases(Duration queue, Duration prefill, Duration transfer,
+                              const std::string& prefill_worker) {
+  phases_sent_ = true;
+  rpc::GenerateEvent message;
+  rpc::Phases* phases = message.mutable_phases();
+  phases->set_queue_us(Microseconds(queue));
+  phases->set_prefill_us(Microseconds(prefill));
+  phases->set_transfer_us(Microseconds(transfer));
+  phases->set_prefill_worker(prefill_worker);
+  writer_.Push(std::move(message));
+  context_->metrics.OnPhase("queue", queue);
+  context_->metrics.OnPhase("prefill", prefill);
+  if (!prefill_worker.empty()) context_->metrics.OnPhase("transfer", transfer);
+}
+
+// The caller is gone: nobody reads what is queued.
+void GenerateCall::Leave(const Status& status) {
+  writer_.Discard();
+  End(status);
+}
+
+// What was queued is still written, then the status. Whatever ran for this request stops.
+void GenerateCall::End(const Status& status) {
+  if (ended_) return;
+  ended_ = true;
+  outcome_ = status;
+  if (deadline_timer_.has_value()) context_->control.CancelTimer(*deadline_timer_);
+  if (run_ > 0) context_->engine->Cancel(native_.id);  // nothing when it ended by itself
+  if (const auto attempt = std::move(attempt_); attempt != nullptr) attempt->Abandon();
+  context_->calls.erase(this);
+  context_->metrics.OnRequest("generate", status);
+  writer_.Finish();
+}
+
+}  // namespace
+
+grpc::ServerWriteReactor<rpc::GenerateEvent>* OpenGenerateCall(WorkerContext* context,
+                                                               const rpc::GenerateRequest* request) {
+  const auto call = std::make_shared<GenerateCall>(context, request);
+  call->Open();
+  return call.get();
+}
+
+}  // namespace millrace::server

@@ -1,0 +1,126 @@
+#include "server/worker/watch_call.h"
+
+#include "server/rpc/channel.h"
+#include "server/rpc/convert.h"
+#include "server/worker/stream_writer.h"
+
+namespace millrace::server {
+namespace {
+
+constexpr Duration kLookEvery = std::chrono::milliseconds(100);
+constexpr Duration kSayEvery = std::chrono::seconds(1);
+
+TimePoint Now() { return std::chrono::steady_clock::now(); }
+
+rpc::Role RoleToProto(WorkerRole role) {
+  switch (role) {
+    case WorkerRole::kPrefill:
+      return rpc::PREFILL;
+    case WorkerRole::kDecode:
+      return rpc::DECODE;
+    case WorkerRole::kBoth:
+      return rpc::BOTH;
+  }
+  return rpc::ROLE_UNSPECIFIED;
+}
+
+rpc::WorkerState StateOf(const WorkerContext& context) {
+  const engine::EngineStats stats = context.engine->Stats();
+  rpc::WorkerState state;
+  state.set_role(RoleToProto(context.options.role));
+  state.set_epoch(context.transfer->epoch());
+  state.set_model_name(context.options.model_name);
+  state.set_model_digest(context.options.model_digest);
+  state.set_layout_hash(context.layout_hash);
+  state.set_protocol_version(kProtocolVersion);
+  state.set_transfer_descriptor(context.descriptor);
+  state.set_pages_total(stats.pages_total);
+  state.set_pages_free(stats.pages_free);
+  state.set_waiting(stats.waiting);
+  state.set_running(stats.running);
+  state.set_context_max(context.engine->config().max_position);
+  state.set_ready(!context.draining);
+  state.set_prefill_tokens_per_second(context.prefill_rate.tokens_per_second());
+  return state;
+}
+
+// Control thread, but for gRPC's callbacks, which only post. Shared by gRPC (until OnDone) and the tasks on
+// their way.
+class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
+                        public WorkerCall,
+                        public std::enable_shared_from_this<WatchCall> {
+ public:
+  explicit WatchCall(WorkerContext* context)
+      : context_(context),
+        active_(context->watchers),
+        writer_([this](const rpc::WorkerState* state) { StartWrite(state); },
+                [this] { Finish(ToGrpc(outcome_)); }) {}
+
+  void Open() {
+    self_ = shared_from_this();
+    context_->control.Post([self = self_] {
+      if (self->ended_) return;
+      self->context_->calls.insert(self.get());
+      self->Look();
+    });
+  }
+
+  void OnWriteDone(bool ok) override {
+    context_->control.Post([self = shared_from_this(), ok] {
+      if (!ok) self->Abort(Cancelled("the watcher is gone"));
+      self->writer_.OnWritten();
+    });
+  }
+  void OnCancel() override {
+    context_->control.Post([self = shared_from_this()] { self->Abort(Cancelled("the watcher is gone")); });
+  }
+  void OnDone() override {
+    context_->control.Post([self = std::move(self_)] {});
+  }
+
+  void Abort(const Status& status) override {
+    if (ended_) return;
+    ended_ = true;
+    outcome_ = status;
+    context_->calls.erase(this);
+    writer_.Discard();
+    writer_.Finish();
+  }
+
+ private:
+  // A watcher that reads slowly gets the newest state later, never a backlog.
+  void Look() {
+    if (ended_) return;
+    if (writer_.idle()) {
+      rpc::WorkerState state = StateOf(*context_);
+      std::string bytes = state.SerializeAsString();
+      if (bytes != said_ || Now() - said_at_ >= kSayEvery) {
+        said_ = std::move(bytes);
+        said_at_ = Now();
+        writer_.Push(std::move(state));
+      }
+    }
+    context_->control.PostAt(Now() + kLookEvery, [weak = weak_from_this()] {
+      if (const auto self = weak.lock(); self != nullptr) self->Look();
+    });
+  }
+
+  WorkerContext* const context_;
+  const ActiveGuard active_;
+  std::shared_ptr<WatchCall> self_;  // gRPC's share
+  StreamWriter<rpc::WorkerState> writer_;
+  std::string said_;  // serialised
+  TimePoint said_at_;
+  bool ended_ = false;
+  Status outcome_;
+};
+
+}  // namespace
+
+grpc::ServerWriteReactor<rpc::WorkerState>* OpenWatchCall(WorkerContext* context) {
+  const auto call = std::make_shared<WatchCall>(context);
+  call->Open();
+  return call.get();
+}
+
+}  // namespace millrace::server

@@ -1,0 +1,41 @@
+#pragma once
+// One worker: an engine, a transfer engine and the gRPC service that joins them, for prefill, decode or both.
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/metrics.h"
+#include "base/status.h"
+#include "engine/core/engine.h"
+#include "server/router/router.h"
+#include "transfer/transfer.h"
+
+namespace millrace::server {
+
+struct WorkerOptions {
+  WorkerRole role = WorkerRole::kBoth;
+  std::string listen = "127.0.0.1:0";  // gRPC
+  std::string model_name;
+  std::string model_digest;
+  int32_t grant_pages = 8;  // pages per grant (a chunk of the prompt); window of two grants in flight
+  int32_t prefill_attempts_max = 3;  // P workers tried before D prefills itself
+  Duration drain_timeout = std::chrono::seconds(30);
+  Metrics* metrics = nullptr;  // may be null; outlives the worker
+};
+
+// Thread-safe.
+class Worker {
+ public:
+  // Registers the engine's KV memory with `transfer` and starts serving. Both are borrowed and outlive the
+  // worker. Unavailable when the address cannot be bound ("127.0.0.1:7001: address already in use").
+  static StatusOr<std::unique_ptr<Worker>> Start(const WorkerOptions& options, engine::Engine* engine,
+                                                 transfer::Transfer* transfer);
+  virtual ~Worker() = default;  // Shutdown(0) if not done; resolves every ticket before it returns
+  virtual std::string address() const = 0;  // "host:port" as bound
+  // Not ready from now on, new requests are refused with Unavailable, running ones get `grace`, then are
+  // cancelled.
+  virtual void Shutdown(Duration grace) = 0;
+};
+
+}  // namespace millrace::server

@@ -1,0 +1,100 @@
+#pragma once
+// What the calls of one worker share, and the thread that owns them.
+//
+// The control thread owns every call: gRPC's, the engine's and the transfer engine's callbacks only post to
+// it. So calls have no locks, and nothing is ever called while one is held. Its tasks are bounded by the
+// running calls times what each may have outstanding (tokens, pieces, one read and one write per stream).
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <unordered_set>
+#include <utility>
+
+#include "engine/core/engine.h"
+#include "server/rpc/task_thread.h"
+#include "server/worker/worker.h"
+#include "server/worker/worker_metrics.h"
+#include "transfer/transfer.h"
+
+namespace millrace::server {
+
+class ChannelPool;
+
+// Counts objects that use the worker. Thread-safe.
+class ActiveCount {
+ public:
+  void Add(int by);
+  bool WaitZero(TimePoint deadline);
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable zero_;
+  int count_ = 0;
+};
+
+// Held by each object that outlives its caller's interest; the worker waits for all. The count is shared
+// because the last holder may run on a thread of gRPC or of the engine while the worker ends.
+class ActiveGuard {
+ public:
+  explicit ActiveGuard(std::shared_ptr<ActiveCount> count) : count_(std::move(count)) { count_->Add(1); }
+  ~ActiveGuard() { count_->Add(-1); }
+  ActiveGuard(const ActiveGuard&) = delete;
+  ActiveGuard& operator=(const ActiveGuard&) = delete;
+
+ private:
+  const std::shared_ptr<ActiveCount> count_;
+};
+
+// A call that a client opened. Control thread.
+class WorkerCall {
+ public:
+  virtual ~WorkerCall() = default;
+  virtual void Abort(const Status& status) = 0;  // ends now; nothing when it has ended
+};
+
+// Tokens per second that prefill reaches, over the time in which it was busy. Control thread.
+class PrefillRate {
+ public:
+  void OnPrefill(int32_t tokens, TimePoint begin, TimePoint end);
+  double tokens_per_second() const { return seconds_ > 0 ? tokens_ / seconds_ : 0; }
+
+ private:
+  double tokens_ = 0;  // both decay, so that recent prompts count most and long ones more than short ones
+  double seconds_ = 0;
+  TimePoint last_end_;
+};
+
+struct WorkerContext {
+  WorkerContext(const WorkerOptions& worker_options, engine::Engine* worker_engine,
+                transfer::Transfer* worker_transfer, transfer::RegionId kv_region);
+  ~WorkerContext();
+
+  engine::RequestId NextId() { return next_id++; }  // control thread
+
+  const WorkerOptions options;
+  engine::Engine* const engine;        // borrowed
+  transfer::Transfer* const transfer;  // borrowed
+  const engine::KvLayout layout;
+  const uint64_t layout_hash;
+  const std::span<std::byte> kv;
+  const transfer::RegionId region;              // of kv
+  const std::string descriptor;                 // of transfer
+  const std::unique_ptr<ChannelPool> channels;  // to prefill workers
+  WorkerMetrics metrics;
+  const std::shared_ptr<ActiveCount> active = std::make_shared<ActiveCount>();    // calls, attempts, streams
+  const std::shared_ptr<ActiveCount> watchers = std::make_shared<ActiveCount>();  // watch streams
+
+  // Control thread.
+  bool draining = false;
+  std::unordered_set<WorkerCall*> calls;
+  PrefillRate prefill_rate;
+  engine::RequestId next_id = 1;
+
+  TaskThread digest{"digest"};   // reads pages, nothing else; one task per (layer, chunk) or per seal
+  TaskThread control{"worker"};  // last, so that it ends first
+};
+
+}  // namespace millrace::server

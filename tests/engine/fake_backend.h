@@ -1,0 +1,262 @@
+#pragma once
+// A pseudo-model whose tokens depend on every byte of a sequence's KV: a page mixed up, a position off by one
+// or a row that was never written changes the answer. Two computed layers and an MTP layer that is always
+// left alone.
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <set>
+#include <vector>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "engine/backend/backend.h"
+#include "engine/core/engine.h"
+#include "engine/sampling/sampler.h"
+
+namespace millrace::engine {
+
+inline constexpr int32_t kFakeLayers = 2;
+inline constexpr int32_t kFakeVocabSize = 97;
+inline constexpr int32_t kFakeVocabularyTokens = 90;  // the last rows of the logits have no token
+inline constexpr int32_t kFakeEos = 3;
+inline constexpr int32_t kFakeContext = 1024;
+
+inline uint64_t FakeFirstKey(int32_t token, int32_t position) {
+  return Mix64(static_cast<uint64_t>(token) << 32 | static_cast<uint64_t>(position));
+}
+inline uint64_t FakeValue(uint64_t key, int32_t layer) {
+  return Mix64(key ^ static_cast<uint64_t>(layer + 7));
+}
+inline uint64_t FakeFold(uint64_t state, uint64_t key, uint64_t value) {
+  return Mix64(state ^ key ^ value << 1);
+}
+inline uint64_t FakeNextKey(uint64_t state, int32_t layer) {
+  return Mix64(state + static_cast<uint64_t>(layer));
+}
+inline void FakeLogits(uint64_t state, std::vector<float>* logits) {
+  for (int32_t i = 0; i < kFakeVocabSize; ++i) {
+    const float noise = static_cast<float>(Mix64(state + static_cast<uint64_t>(i)) >> 40) * 0x1p-24f;
+    // Rows without a token are the most likely ones, for whoever draws them by mistake.
+    logits->push_back(8 * noise + (i >= kFakeVocabularyTokens ? 20.0f : 0.0f));
+  }
+}
+
+inline uint64_t FakeRead(std::span<const std::byte> memory, size_t offset) {
+  uint64_t value;
+  std::memcpy(&value, memory.data() + offset, sizeof(value));
+  return value;
+}
+inline void FakeWrite(std::span<std::byte> memory, size_t offset, uint64_t value) {
+  std::memcpy(memory.data() + offset, &value, sizeof(value));
+}
+
+// One layer of the model for tokens [position, position + n): reads the layer below through the page table.
+inline void FakeLayer(const KvLayout& layout, std::span<std::byte> memory, int32_t layer,
+                      const Segment& segment) {
+  const auto row = [&](int32_t of_layer, int v, int32_t at) {
+    return layout.piece_offset(of_layer, segment.pages[static_cast<size_t>(at / kPageTokens)]) +
+           layout.row_offset(v, 0, at % kPageTokens);
+  };
+  const int32_t end = segment.position + static_cast<int32_t>(segment.tokens.size());
+  uint64_t state = 0;
+  for (int32_t at = layer == 0 ? segment.position : 0; at < end; ++at) {
+    uint64_t key = 0;
+    if (layer == 0) {
+      key = FakeFirstKey(segment.tokens[static_cast<size_t>(at - segment.position)], at);
+    } else {
+      state =
+          FakeFold(state, FakeRead(memory, row(layer - 1, 0, at)), FakeRead(memory, row(layer - 1, 1, at)));
+      key = FakeNextKey(state, layer);
+    }
+    if (at < segment.position) continue;
+    FakeWrite(memory, row(layer, 0, at), key);
+    FakeWrite(memory, row(layer, 1, at), FakeValue(key, layer));
+  }
+}
+
+inline uint64_t FakeOutputState(const KvLayout& layout, std::span<const std::byte> memory,
+                                const Segment& segment) {
+  const int32_t end = segment.position + static_cast<int32_t>(segment.tokens.size());
+  uint64_t state = 0;
+  for (int32_t at = 0; at < end; ++at) {
+    const size_t piece =
+        layout.piece_offset(kFakeLayers - 1, segment.pages[static_cast<size_t>(at / kPageTokens)]);
+    state = FakeFold(state, FakeRead(memory, piece + layout.row_offset(0, 0, at % kPageTokens)),
+                     FakeRead(memory, piece + layout.row_offset(1, 0, at % kPageTokens)));
+  }
+  return state;
+}
+
+inline KvLayout FakeLayout(int32_t num_pages) {
+  KvLayout layout;
+  layout.num_layers = kFakeLayers + 1;
+  layout.num_pages = num_pages;
+  layout.num_kv_heads = 1;
+  layout.head_dim = 2;
+  layout.dtype = KvDType::kF32;  // one row = 8 bytes
+  return layout;
+}
+
+inline ModelConfig FakeConfig() {
+  ModelConfig config;
+  config.num_layers = kFakeLayers;
+  config.num_mtp_layers = 1;
+  config.max_position = kFakeContext;
+  config.vocab_size = kFakeVocabSize;
+  config.eos_token_ids = {kFakeEos};
+  return config;
+}
+
+class FakeBackend final : public Backend {
+ public:
+  explicit FakeBackend(int32_t num_pages)
+      : config_(FakeConfig()), layout_(FakeLayout(num_pages)), memory_(layout_.total_bytes()) {}
+
+  const ModelConfig& config() const override { return config_; }
+  const KvLayout& kv_layout() const override { return layout_; }
+  std::span<std::byte> kv_memory() override { return memory_; }
+  std::string Describe() const override { return "fake"; }
+
+  StatusOr<StepOutput> Forward(const Batch& batch, const LayerDone& layer_done) override {
+    Status failure;
+    {
+      std::unique_lock lock(mutex_);
+      ++forwards_;
+      changed_.notify_all();
+      changed_.wait(lock, [this] { return open_ > 0; });
+      if (open_ != kOpen) --open_;
+      failure = failure_;
+      for (const Segment& segment : batch.segments)
+        segments_.emplace_back(segment.position, segment.tokens.size());
+    }
+    if (!failure.ok()) return failure;
+    Check(batch);
+    for (int32_t layer = 0; layer < kFakeLayers; ++layer) {
+      for (const Segment& segment : batch.segments) FakeLayer(layout_, memory_, layer, segment);
+      layer_done(layer);
+    }
+    logits_.clear();
+    for (const Segment& segment : batch.segments) {
+      MR_CHECK(segment.num_logits <= 1);
+      if (segment.num_logits == 1) FakeLogits(FakeOutputState(layout_, memory_, segment), &logits_);
+    }
+    return StepOutput{logits_, {}};
+  }
+
+  // Test thread. From now on a Forward stops at its start until let through.
+  void Close() {
+    std::lock_guard lock(mutex_);
+    open_ = 0;
+  }
+  void LetThrough(int32_t count) { SetOpen(count); }
+  void Open() { SetOpen(kOpen); }
+  void AwaitForward(int32_t count) {  // until `count` Forwards have begun, all in all
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return forwards_ >= count; });
+  }
+  void FailWith(const Status& status) {
+    std::lock_guard lock(mutex_);
+    failure_ = status;
+  }
+  int32_t forwards() const {
+    std::lock_guard lock(mutex_);
+    return forwards_;
+  }
+  std::vector<std::pair<int32_t, size_t>> segments() const {  // (position, tokens) of all that ran
+    std::lock_guard lock(mutex_);
+    return segments_;
+  }
+
+ private:
+  static constexpr int32_t kOpen = 1 << 30;
+
+  void SetOpen(int32_t open) {
+    {
+      std::lock_guard lock(mutex_);
+      open_ = open;
+    }
+    changed_.notify_all();
+  }
+
+  void Check(const Batch& batch) const {
+    std::set<PageId> pages;
+    for (const Segment& segment : batch.segments) {
+      MR_CHECK(!segment.tokens.empty());
+      MR_CHECK(segment.pages.size() * kPageTokens >=
+               static_cast<size_t>(segment.position) + segment.tokens.size());
+      for (const PageId page : segment.pages)
+        MR_CHECK(pages.insert(page).second, "page {} in two places", page);
+      if (segment.num_logits == 0) MR_CHECK(segment.tokens.size() % kPageTokens == 0);
+    }
+  }
+
+  const ModelConfig config_;
+  const KvLayout layout_;
+  std::vector<std::byte> memory_;
+  std::vector<float> logits_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  int32_t open_ = kOpen;
+  int32_t forwards_ = 0;
+  Status failure_;
+  std::vector<std::pair<int32_t, size_t>> segments_;
+};
+
+// The KV of `tokens` in `pages`, as the model itself would write it.
+inline void FakePrefill(const KvLayout& layout, std::span<std::byte> memory, std::span<const int32_t> tokens,
+                        std::span<const PageId> pages) {
+  Segment segment;
+  segment.tokens = tokens;
+  segment.pages = pages;
+  for (int32_t layer = 0; layer < kFakeLayers; ++layer) FakeLayer(layout, memory, layer, segment);
+}
+
+struct FakeAnswer {
+  std::vector<int32_t> tokens;  // new ones
+  FinishReason finish = FinishReason::kNone;
+};
+
+// What the model answers, computed without pages, batches or an engine.
+inline FakeAnswer ExpectedAnswer(const EngineRequest& request) {
+  FakeAnswer answer;
+  std::vector<int32_t> tokens = request.prompt;
+  tokens.insert(tokens.end(), request.output.begin(), request.output.end());
+  std::vector<int32_t> ends = request.sampling.stop_token_ids;
+  if (!request.sampling.ignore_eos) ends.push_back(kFakeEos);
+  uint64_t states[kFakeLayers] = {};
+  int32_t position = 0;
+  while (answer.finish == FinishReason::kNone) {
+    for (; position < static_cast<int32_t>(tokens.size()); ++position) {
+      uint64_t key = FakeFirstKey(tokens[static_cast<size_t>(position)], position);
+      for (int32_t layer = 0; layer < kFakeLayers; ++layer) {
+        states[layer] = FakeFold(states[layer], key, FakeValue(key, layer));
+        key = FakeNextKey(states[layer], layer + 1);
+      }
+    }
+    std::vector<float> logits;
+    FakeLogits(states[kFakeLayers - 1], &logits);
+    SampleInput input;
+    input.logits = logits;
+    input.prompt = std::span(tokens).first(request.prompt.size());
+    input.output = std::span(tokens).subspan(request.prompt.size());
+    input.end_tokens = ends;
+    input.num_tokens_in_vocabulary = kFakeVocabularyTokens;
+    const int32_t token = Sample(input, request.sampling).token;
+    tokens.push_back(token);
+    answer.tokens.push_back(token);
+    const size_t num_output = tokens.size() - request.prompt.size();
+    if (std::find(ends.begin(), ends.end(), token) != ends.end()) {
+      answer.finish = FinishReason::kStop;
+    } else if (num_output == static_cast<size_t>(request.sampling.max_tokens) ||
+               tokens.size() == kFakeContext) {
+      answer.finish = FinishReason::kLength;
+    }
+  }
+  return answer;
+}
+
+}  // namespace millrace::engine

@@ -1,0 +1,266 @@
+#include "server/gateway/api_request.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "tests/server/small_tokenizer.h"
+
+namespace millrace::server {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr const char* kChatHead = R"("messages":[{"role":"user","content":"hi"}])";
+
+class ApiRequestTest : public ::testing::Test {
+ protected:
+  ApiResult<ApiRequest> Chat(const std::string& body) {
+    return ParseApiRequest(Endpoint::kChat, body, model_, *tokenizer_);
+  }
+  ApiResult<ApiRequest> ChatWith(const std::string& fields) {
+    return Chat(std::string("{") + kChatHead + "," + fields + "}");
+  }
+  ApiResult<ApiRequest> Completion(const std::string& body) {
+    return ParseApiRequest(Endpoint::kCompletions, body, model_, *tokenizer_);
+  }
+
+  SmallTokenizer tokenizer_;
+  const ModelInfo model_{"tiny", 512, 1700000000, engine::ChatFormatKind::kLingV2};
+};
+
+struct Refused {
+  std::string body;
+  std::string param;  // "" for none
+};
+
+void ExpectRefused(const ApiResult<ApiRequest>& result, const Refused& expected) {
+  ASSERT_FALSE(result.ok()) << expected.body;
+  EXPECT_EQ(result.error().http_status, 400) << expected.body;
+  EXPECT_EQ(result.error().type, "invalid_request_error") << expected.body;
+  EXPECT_EQ(result.error().code.value_or("none"), "invalid_value") << expected.body;
+  EXPECT_EQ(result.error().param.value_or(""), expected.param)
+      << expected.body << ": " << result.error().message;
+  EXPECT_FALSE(result.error().message.empty()) << expected.body;
+}
+
+TEST_F(ApiRequestTest, RefusesChatBodiesByField) {
+  const Refused cases[] = {
+      {"", ""},
+      {"{", ""},
+      {"[]", ""},
+      {"null", ""},
+      {"\"text\"", ""},
+      {"{\"messages\":[{\"role\":\"user\",\"content\":\"\xFF\"}]}", ""},
+      {"{}", "messages"},
+      {R"({"model":7,"messages":[{"role":"user","content":"a"}]})", "model"},
+      {R"({"messages":null})", "messages"},
+      {R"({"messages":"hi"})", "messages"},
+      {R"({"messages":[]})", "messages"},
+      {R"({"messages":[123]})", "messages[0]"},
+      {R"({"messages":[{}]})", "messages[0].role"},
+      {R"({"messages":[{"role":1,"content":"a"}]})", "messages[0].role"},
+      {R"({"messages":[{"role":"narrator","content":"a"}]})", "messages[0].role"},
+      {R"({"messages":[{"role":"user"}]})", "messages[0].content"},
+      {R"({"messages":[{"role":"user","content":null}]})", "messages[0].content"},
+      {R"({"messages":[{"role":"user","content":5}]})", "messages[0].content"},
+      {R"({"messages":[{"role":"user","content":[5]}]})", "messages[0].content[0]"},
+      {R"({"messages":[{"role":"user","content":[{"type":"image_url"}]}]})", "messages[0].content[0].type"},
+      {R"({"messages":[{"role":"user","content":[{"type":"text"}]}]})", "messages[0].content[0].text"},
+      {R"({"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"assistant","content":"c"}]})",
+       "messages"},
+      {R"({"messages":[{"role":"assistant","content":null,"tool_calls":[]}]})", "messages[0].tool_calls"},
+      {R"({"messages":[{"role":"assistant","content":null,"tool_calls":[{}]}]})",
+       "messages[0].tool_calls[0]"},
+  };
+  for (const Refused& c : cases) ExpectRefused(Chat(c.body), c);
+}
+
+TEST_F(ApiRequestTest, RefusesChatFieldsByName) {
+  const Refused cases[] = {
+      {R"("temperature":"hot")", "temperature"},
+      {R"("temperature":-0.1)", "temperature"},
+      {R"("temperature":2.1)", "temperature"},
+      {R"("top_p":0)", "top_p"},
+      {R"("top_p":1.5)", "top_p"},
+      {R"("top_k":-2)", "top_k"},
+      {R"("top_k":1.5)", "top_k"},
+      {R"("min_p":2)", "min_p"},
+      {R"("repetition_penalty":0)", "repetition_penalty"},
+      {R"("presence_penalty":3)", "presence_penalty"},
+      {R"("frequency_penalty":-3)", "frequency_penalty"},
+      {R"("n":2)", "n"},
+      {R"("n":0)", "n"},
+      {R"("max_tokens":0)", "max_tokens"},
+      {R"("max_tokens":"many")", "max_tokens"},
+      {R"("max_completion_tokens":-1)", "max_completion_tokens"},
+      {R"("max_tokens":4,"min_tokens":5)", "min_tokens"},
+      {R"("seed":"a")", "seed"},
+      {R"("seed":1.5)", "seed"},
+      {R"("stop":7)", "stop"},
+      {R"("stop":[""])", "stop"},
+      {R"("stop":["a",1])", "stop"},
+      {R"("stop":["1","2","3","4","5","6","7","8","9","10","11","12","13","14","15","16","17"])", "stop"},
+      {R"("stop_token_ids":[262])", "stop_token_ids"},
+      {R"("stop_token_ids":"1")", "stop_token_ids"},
+      {R"("logit_bias":[])", "logit_bias"},
+      {R"("logit_bias":{"262":1})", "logit_bias"},
+      {R"("logit_bias":{"x":1})", "logit_bias"},
+      {R"("logit_bias":{"1":101})", "logit_bias"},
+      {R"("logprobs":1)", "logprobs"},
+      {R"("top_logprobs":2)", "top_logprobs"},
+      {R"("logprobs":true,"top_logprobs":21)", "top_logprobs"},
+      {R"("stream":"yes")", "stream"},
+      {R"("stream_options":{"include_usage":true})", "stream_options"},
+      {R"("stream":true,"stream_options":[])", "stream_options"},
+      {R"("stream":true,"stream_options":{"include_usage":1})", "stream_options.include_usage"},
+      {R"("ignore_eos":1)", "ignore_eos"},
+      {R"("skip_special_tokens":0)", "skip_special_tokens"},
+      {R"("priority":1001)", "priority"},
+      {R"("timeout":0)", "timeout"},
+      {R"("tools":[])", "tools"},
+      {R"("tools":[{"type":"function"}])", "tools[0]"},
+      {R"("tool_choice":"required")", "tool_choice"},
+      {R"("tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":"required")", "tool_choice"},
+      {R"("chat_template_kwargs":{"colour":1})", "chat_template_kwargs.colour"},
+      {R"("chat_template_kwargs":{"enable_thinking":1})", "chat_template_kwargs.enable_thinking"},
+      {R"("response_format":{"type":"json_object"})", "response_format"},
+      {R"("response_format":"text")", "response_format"},
+      {R"("functions":[])", "functions"},
+      {R"("best_of":2)", "best_of"},
+      {R"("guided_json":{})", "guided_json"},
+  };
+  for (const Refused& c : cases) ExpectRefused(ChatWith(c.body), c);
+}
+
+TEST_F(ApiRequestTest, RefusesCompletionBodiesByField) {
+  const Refused cases[] = {
+      {"{}", "prompt"},
+      {R"({"prompt":null})", "prompt"},
+      {R"({"prompt":""})", "prompt"},
+      {R"({"prompt":[]})", "prompt"},
+      {R"({"prompt":5})", "prompt"},
+      {R"({"prompt":["a","b"]})", "prompt"},
+      {R"({"prompt":[1,-1]})", "prompt"},
+      {R"({"prompt":[262]})", "prompt"},
+      {R"({"prompt":[18446744073709551615]})", "prompt"},
+      {R"({"prompt":[[1],[2]]})", "prompt"},
+      {R"({"prompt":[1.5]})", "prompt"},
+      {R"({"prompt":"a","suffix":"b"})", "suffix"},
+      {R"({"prompt":"a","logprobs":21})", "logprobs"},
+      {R"({"prompt":"a","logprobs":true})", "logprobs"},
+      {R"({"prompt":"a","echo":"x"})", "echo"},
+  };
+  for (const Refused& c : cases) ExpectRefused(Completion(c.body), c);
+}
+
+TEST_F(ApiRequestTest, AnswersAnotherModelWith404) {
+  const auto result = ChatWith(R"("model":"other")");
+  ASSERT_FALSE(result.ok());
+  EXPECT_EQ(result.error().http_status, 404);
+  EXPECT_EQ(result.error().code.value_or(""), "model_not_found");
+  EXPECT_EQ(result.error().param.value_or(""), "model");
+  EXPECT_THAT(result.error().message, HasSubstr("other"));
+}
+
+TEST_F(ApiRequestTest, SaysBothNumbersWhenThePromptIsTooLong) {
+  const std::string prompt(600, '!');
+  for (const auto& result :
+       {Completion("{\"prompt\":\"" + prompt + "\"}"), Completion(R"({"prompt":"abc","max_tokens":600})")}) {
+    ASSERT_FALSE(result.ok());
+    EXPECT_EQ(result.error().http_status, 400);
+    EXPECT_EQ(result.error().code.value_or(""), "context_length_exceeded");
+    EXPECT_THAT(result.error().message, HasSubstr("600"));
+    EXPECT_THAT(result.error().message, HasSubstr("512"));
+  }
+}
+
+TEST_F(ApiRequestTest, FillsInDefaults) {
+  auto chat = Chat(std::string("{") + kChatHead + "}");
+  ASSERT_TRUE(chat.ok()) << chat.error().message;
+  EXPECT_THAT(chat->id, ::testing::StartsWith("chatcmpl-"));
+  EXPECT_FLOAT_EQ(chat->sampling.temperature, 1);
+  EXPECT_FLOAT_EQ(chat->sampling.top_p, 1);
+  EXPECT_EQ(chat->sampling.num_logprobs, -1);
+  EXPECT_EQ(chat->sampling.max_tokens, 512 - static_cast<int32_t>(chat->prompt.size()));
+  EXPECT_FALSE(chat->stream);
+  auto other = Chat(std::string("{") + kChatHead + "}");
+  EXPECT_NE(chat->sampling.seed, other->sampling.seed) << "a request without a seed draws one";
+  EXPECT_NE(chat->id, other->id);
+
+  auto completion = Completion(R"({"prompt":"hello"})");
+  ASSERT_TRUE(completion.ok()) << completion.error().message;
+  EXPECT_EQ(completion->sampling.max_tokens, 16);
+  EXPECT_THAT(completion->prompt, ElementsAre(kHelloToken));
+}
+
+TEST_F(ApiRequestTest, TakesEveryFormOfAPrompt) {
+  for (const char* body :
+       {R"({"prompt":"hello"})", R"({"prompt":["hello"]})", R"({"prompt":[260]})", R"({"prompt":[[260]]})"}) {
+    auto request = Completion(body);
+    ASSERT_TRUE(request.ok()) << body << ": " << request.error().message;
+    EXPECT_THAT(request->prompt, ElementsAre(kHelloToken)) << body;
+  }
+}
+
+TEST_F(ApiRequestTest, ReadsEveryField) {
+  auto request = ChatWith(
+      R"("model":"tiny","temperature":0.5,"top_p":0.9,"top_k":40,"min_p":0.1,"repetition_penalty":1.1,)"
+      R"("presence_penalty":0.2,"frequency_penalty":-0.3,"seed":-1,"max_completion_tokens":9,"max_tokens":4,"min_tokens":2,)"
+      R"("stop":["a","bc"],"stop_token_ids":[3],"logit_bias":{"5":-100},"logprobs":true,"top_logprobs":3,"stream":true,)"
+      R"("stream_options":{"include_usage":true,"continuous_usage_stats":true},"ignore_eos":true,)"
+      R"("skip_special_tokens":false,"priority":-2,"timeout":1.5,"user":"u","made_up":1)");
+  ASSERT_TRUE(request.ok()) << request.error().message;
+  EXPECT_FLOAT_EQ(request->sampling.temperature, 0.5F);
+  EXPECT_FLOAT_EQ(request->sampling.top_p, 0.9F);
+  EXPECT_EQ(request->sampling.top_k, 40);
+  EXPECT_FLOAT_EQ(request->sampling.min_p, 0.1F);
+  EXPECT_FLOAT_EQ(request->sampling.repetition_penalty, 1.1F);
+  EXPECT_FLOAT_EQ(request->sampling.presence_penalty, 0.2F);
+  EXPECT_FLOAT_EQ(request->sampling.frequency_penalty, -0.3F);
+  EXPECT_EQ(request->sampling.seed, UINT64_MAX);
+  EXPECT_EQ(request->sampling.max_tokens, 9);
+  EXPECT_EQ(request->sampling.min_tokens, 2);
+  EXPECT_THAT(request->stop, ElementsAre("a", "bc"));
+  EXPECT_THAT(request->sampling.stop_token_ids, ElementsAre(3));
+  EXPECT_THAT(request->sampling.logit_bias, ElementsAre(std::pair<int32_t, float>(5, -100)));
+  EXPECT_EQ(request->sampling.num_logprobs, 3);
+  EXPECT_TRUE(request->stream);
+  EXPECT_TRUE(request->include_usage);
+  EXPECT_TRUE(request->continuous_usage);
+  EXPECT_TRUE(request->sampling.ignore_eos);
+  EXPECT_FALSE(request->skip_special_tokens);
+  EXPECT_EQ(request->priority, -2);
+  EXPECT_DOUBLE_EQ(request->timeout_seconds.value_or(0), 1.5);
+  EXPECT_THAT(request->unknown_fields, ElementsAre("made_up"));
+}
+
+TEST_F(ApiRequestTest, TakesNullAsAbsent) {
+  auto request = ChatWith(
+      R"("temperature":null,"stop":null,"seed":null,"tools":null,"max_tokens":null,"stream_options":null)");
+  ASSERT_TRUE(request.ok()) << request.error().message;
+  EXPECT_TRUE(request->stop.empty());
+}
+
+TEST_F(ApiRequestTest, JoinsContentPartsAndRendersTools) {
+  auto whole = Chat(R"({"messages":[{"role":"user","content":"hello there"}]})");
+  auto parts = Chat(
+      R"({"messages":[{"role":"user","content":[{"type":"text","text":"hello "},{"type":"text","text":"there"}]}]})");
+  ASSERT_TRUE(whole.ok() && parts.ok());
+  EXPECT_EQ(whole->prompt, parts->prompt);
+
+  const ModelInfo roomy{"tiny", 8192, 1700000000, engine::ChatFormatKind::kLingV2};
+  auto tools = ParseApiRequest(
+      Endpoint::kChat,
+      R"({"messages":[{"role":"user","content":"hello there"}],)"
+      R"("tools":[{"type":"function","function":{"name":"get_weather","parameters":{"type":"object"}}}]})",
+      roomy, *tokenizer_);
+  ASSERT_TRUE(tools.ok()) << tools.error().message;
+  EXPECT_THAT((*tokenizer_).Decode(tools->prompt, /*skip_special=*/true), HasSubstr("get_weather"));
+}
+
+}  // namespace
+}  // namespace millrace::server
