@@ -22,6 +22,8 @@ namespace {
 namespace net = boost::asio;
 using net::ip::tcp;
 
+constexpr Duration kCutTime = std::chrono::seconds(5);
+
 class GatewayServer : public Gateway {
  public:
   GatewayServer(const GatewayOptions& options, const ModelInfo& model, const engine::Tokenizer& tokenizer,
@@ -72,12 +74,21 @@ class GatewayServer : public Gateway {
       acceptor_.close(ignored);
     });
     const TimePoint until = Clock::System().Now() + grace;
-    while (context_->requests_running > 0 && Clock::System().Now() < until) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    }
+    WaitUntil(until, [this] { return context_->requests_running == 0; });
+    context_->stops.StopAll();
+    // gRPC ends a cancelled call at once. Its callbacks post to this gateway's threads, so they must have
+    // come.
+    WaitUntil(Clock::System().Now() + kCutTime,
+              [this] { return context_->connections == 0 && context_->in_flight.generations() == 0; });
   }
 
  private:
+  template <typename Condition>
+  static void WaitUntil(TimePoint until, const Condition& condition) {
+    while (!condition() && Clock::System().Now() < until)
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+
   net::awaitable<void> Accept() {
     while (true) {
       auto [error, socket] =

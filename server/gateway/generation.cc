@@ -42,10 +42,12 @@ class Generation::Observer : public GenerateObserver {
   const int32_t attempt_;
 };
 
-Generation::Generation(net::any_io_executor executor, Membership& membership,
+Generation::Generation(net::any_io_executor executor, Membership& membership, InFlight& in_flight,
                        const GenerationOptions& options, const ApiRequest& request, TimePoint deadline)
-    : executor_(std::move(executor)),
+    : presence_(in_flight),
+      executor_(std::move(executor)),
       membership_(membership),
+      in_flight_(in_flight),
       options_(options),
       deadline_(deadline),
       wake_(executor_) {
@@ -148,10 +150,10 @@ void Generation::Finish(Status status) {
   wake_.cancel();
 }
 
-void Generation::Cancel() {
+void Generation::Cancel(const Status& reason) {
   if (ended_) return;
   if (call_ != nullptr) call_->Cancel();
-  Finish(Cancelled("the client went away"));
+  Finish(reason);
 }
 
 net::awaitable<Generation::Event> Generation::Next(Duration wait) {

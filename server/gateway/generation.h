@@ -44,8 +44,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
   // The next event, or Tick after `wait`. After End nothing more comes.
   boost::asio::awaitable<Event> Next(Duration wait);
 
-  // Stops the work on every worker. Events end with End(kCancelled). Idempotent.
-  void Cancel();
+  // Stops the work on every worker. Events end with End(`reason`). Idempotent.
+  void Cancel(const Status& reason);
 
  private:
   class Observer;
@@ -58,6 +58,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void Finish(Status status);
   bool CanContinue(const grpc::Status& status) const;
 
+  const InFlight::Presence
+      presence_;  // first, so that it goes last: what follows needs the gateway's threads
   const boost::asio::any_io_executor executor_;
   Membership& membership_;
   InFlight& in_flight_;
@@ -68,7 +70,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   int32_t attempt_ = 0;              // events of earlier attempts are stale
   std::shared_ptr<GenerateCall> call_;
   InFlight::Lease decode_lease_;
-  InFlight::Lease prefill_lease_;     // until the first token of the attempt
+  InFlight::Lease prefill_lease_;  // until the first token of the attempt
   std::deque<Event> events_;
   bool finish_seen_ = false;  // a token with a finish reason came
   bool ended_ = false;        // End is queued or was taken

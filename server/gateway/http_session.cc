@@ -3,6 +3,7 @@
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
+#include <boost/asio/post.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/asio/write.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
@@ -88,6 +89,15 @@ class Session {
 
   net::awaitable<void> Run();
 
+  // On the strand. An answer that runs ends with an error; between requests the connection closes.
+  void Stop() {
+    if (generation_ != nullptr) {
+      generation_->Cancel(Unavailable("this gateway is shutting down"));
+    } else {
+      stream_.cancel();
+    }
+  }
+
  private:
   net::awaitable<bool> ReadRequest();
   net::awaitable<void> Linger();
@@ -113,8 +123,9 @@ class Session {
   std::string request_id_;
   std::string path_;
   bool keep_alive_ = true;
-  bool linger_ = false;               // the client may still be sending a request that was refused
-  std::shared_ptr<PeerWatch> watch_;  // shared with the watching coroutine
+  bool linger_ = false;                     // the client may still be sending a request that was refused
+  std::shared_ptr<Generation> generation_;  // of the answer that runs; shared with gRPC's callbacks
+  std::shared_ptr<PeerWatch> watch_;        // shared with the watching coroutine
 };
 
 net::awaitable<void> Session::Run() {
@@ -265,16 +276,18 @@ net::awaitable<void> Session::HandleApi(Endpoint endpoint) {
                                     std::chrono::duration<double>(*request.timeout_seconds)));
   }
   ++context_->requests_running;
-  auto generation = Generation::Start(stream_.get_executor(), context_->membership,
+  auto generation = Generation::Start(stream_.get_executor(), context_->membership, context_->in_flight,
                                       context_->options.generation, request, Clock::System().Now() + timeout);
+  generation_ = generation;
   WatchPeer(generation);
   if (request.stream) {
     co_await AnswerStream(request, generation);
   } else {
     co_await AnswerWhole(request, generation);
   }
-  generation->Cancel();
+  generation->Cancel(Cancelled("the answer is over"));  // a stop string was met, or the client is gone
   co_await StopWatching();
+  generation_.reset();
   --context_->requests_running;
 }
 
@@ -291,7 +304,7 @@ void Session::WatchPeer(std::shared_ptr<Generation> generation) {
         char byte = 0;
         if (!error && recv(stream_.socket().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0) {
           watch->gone = true;
-          generation->Cancel();
+          generation->Cancel(Cancelled("the client went away"));
         }
         watch->stopped = true;
       },
@@ -465,9 +478,33 @@ net::awaitable<void> Session::ReplyError(const ApiError& error) {
 
 }  // namespace
 
+uint64_t SessionStops::Add(std::function<void()> stop) {
+  std::lock_guard lock(mutex_);
+  stops_.emplace(++next_id_, std::move(stop));
+  return next_id_;
+}
+
+void SessionStops::Remove(uint64_t id) {
+  std::lock_guard lock(mutex_);
+  stops_.erase(id);
+}
+
+void SessionStops::StopAll() {
+  std::lock_guard lock(mutex_);
+  for (const auto& [id, stop] : stops_) stop();
+}
+
 net::awaitable<void> ServeConnection(beast::tcp_stream stream, std::shared_ptr<GatewayContext> context) {
-  Session session(std::move(stream), context);
-  co_await session.Run();
+  const auto executor = stream.get_executor();
+  // Shared: what was posted by a stop may run after the session has gone.
+  const auto session = std::make_shared<Session>(std::move(stream), context);
+  const uint64_t id = context->stops.Add([executor, weak = std::weak_ptr<Session>(session)] {
+    net::post(executor, [weak] {
+      if (const auto alive = weak.lock(); alive != nullptr) alive->Stop();
+    });
+  });
+  co_await session->Run();
+  context->stops.Remove(id);
   --context->connections;
 }
 
