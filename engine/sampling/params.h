@@ -2,8 +2,11 @@
 // What a client may ask of sampling, and what comes out of one draw. Plain data, validated at the edge.
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
+
+#include "engine/sampling/token_mask.h"
 
 namespace millrace::engine {
 
@@ -21,6 +24,8 @@ struct SamplingParams {
   bool ignore_eos = false;
   std::vector<int32_t> stop_token_ids;                // besides the model's own end tokens
   std::vector<std::pair<int32_t, float>> logit_bias;  // added to logits before anything else
+  // Which tokens may come; null: all. Shared by the copies of one request's parameters.
+  std::shared_ptr<TokenMask> mask;
   int32_t num_logprobs = -1;  // -1 none, 0 the chosen token's only, n also the n most likely (<= 20)
 };
 
