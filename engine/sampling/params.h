@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -24,8 +25,11 @@ struct SamplingParams {
   bool ignore_eos = false;
   std::vector<int32_t> stop_token_ids;                // besides the model's own end tokens
   std::vector<std::pair<int32_t, float>> logit_bias;  // added to logits before anything else
-  // Which tokens may come; null: all. Shared by the copies of one request's parameters.
-  std::shared_ptr<TokenMask> mask;
+  // What the answer is held to: the text that made `mask` (engine/grammar/constraint.h), or empty. It travels
+  // with the request; each worker makes its own mask.
+  std::string constraint;
+  std::shared_ptr<TokenMask>
+      mask;                   // null: every token may come; shared by the copies of one request's parameters
   int32_t num_logprobs = -1;  // -1 none, 0 the chosen token's only, n also the n most likely (<= 20)
 };
 

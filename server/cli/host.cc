@@ -124,6 +124,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   service.model_digest = model.digest;
   service.grant_pages = worker_options.grant_pages;
   service.metrics = metrics;
+  service.tokenizer = model.tokenizer.get();
   MR_ASSIGN_OR_RETURN(hosted.worker, Worker::Start(service, hosted.engine.get(), hosted.transfer.get()));
   static constexpr const char* kRoleNames[] = {"prefill", "decode", "prefill and decode"};
   LogInfo("{} worker on {}: {}, {} KV pages of 64 tokens ({:.0f} MB)",

@@ -49,8 +49,15 @@ Duration FromSeconds(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
-GatewayOptions MakeGatewayOptions(const HttpOptions& http) {
+GatewayOptions MakeGatewayOptions(const HttpOptions& http, const std::string& effective) {
   GatewayOptions options;
+  options.effective = effective;
+  options.admin_listen = http.admin_listen;
+  options.api_keys = http.api_keys;
+  options.tls = {http.tls_cert, http.tls_key, http.tls_client_ca};
+  options.cors_origins = http.cors_origins;
+  options.admission.running_max = http.requests_max;
+  options.admission.queue_max = http.queue_max;
   options.listen = http.listen;
   options.threads = http.http_threads;
   options.connections_max = http.connections_max;
@@ -59,6 +66,8 @@ GatewayOptions MakeGatewayOptions(const HttpOptions& http) {
   options.generation.local_prefill_tokens_max = http.local_prefill_tokens_max;
   return options;
 }
+
+const char* Scheme(const HttpOptions& http) { return http.tls_cert.empty() ? "http" : "https"; }
 
 // Serves /metrics at `listen`, or nothing when it is empty. civetweb throws when it cannot bind.
 StatusOr<std::unique_ptr<prometheus::Exposer>> ExposeMetrics(const std::string& listen,
@@ -96,9 +105,9 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
     workers.push_back(std::move(hosted));
   }
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
-  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http), info,
+  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
                                                          *model.tokenizer, *membership, metrics));
-  fmt::print("Millrace serves {} at http://{}\n", info.name, gateway->address());
+  fmt::print("Millrace serves {} at {}://{}\n", info.name, Scheme(options.http), gateway->address());
   fmt::print(
       "  try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d "
       "'{{\"model\":\"{}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is a violin?\"}}]}}'\n",
@@ -124,9 +133,9 @@ Status ServeGateway(const GatewayCommandOptions& options, const std::string& eff
   std::sort(members.workers.begin(), members.workers.end());
   members.workers.erase(std::unique(members.workers.begin(), members.workers.end()), members.workers.end());
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
-  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http), info, *tokenizer,
-                                                         *membership, metrics));
-  fmt::print("Millrace serves {} at http://{}\n", info.name, gateway->address());
+  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
+                                                         *tokenizer, *membership, metrics));
+  fmt::print("Millrace serves {} at {}://{}\n", info.name, Scheme(options.http), gateway->address());
   std::fflush(stdout);
   signals.Wait();
   gateway->Shutdown(FromSeconds(options.drain));

@@ -41,6 +41,7 @@ engine::SamplingParams SamplingFromProto(const rpc::Sampling& s) {
   params.stop_token_ids.assign(s.stop_token_ids().begin(), s.stop_token_ids().end());
   for (const rpc::LogitBias& bias : s.logit_bias()) params.logit_bias.emplace_back(bias.token(), bias.bias());
   params.num_logprobs = s.num_logprobs();
+  params.constraint = s.constraint();
   return params;
 }
 
@@ -85,6 +86,7 @@ void SamplingToProto(const engine::SamplingParams& params, rpc::Sampling* messag
     bias->set_bias(value);
   }
   message->set_num_logprobs(params.num_logprobs);
+  message->set_constraint(params.constraint);
 }
 
 void TokenToProto(const engine::TokenEvent& event, rpc::Token* message) {

@@ -177,6 +177,7 @@ Status PrefillCall::OnStart(const rpc::PrefillCommand::Start& start) {
   begun_ = Now();
   MR_ASSIGN_OR_RETURN(engine::EngineRequest request,
                       RequestFromProto(start.request(), context_->NextId(), begun_));
+  MR_RETURN_IF_ERROR(context_->Constrain(&request.sampling));
   MR_ASSIGN_OR_RETURN(peer_, context_->transfer->Open(start.transfer_descriptor()));
   id_ = request.id;
   deadline_ = request.deadline;

@@ -1,0 +1,77 @@
+#include "server/gateway/access.h"
+
+#include <algorithm>
+#include <boost/beast/http.hpp>
+
+namespace millrace::server {
+namespace {
+
+namespace http = boost::beast::http;
+
+constexpr std::string_view kBearer = "bearer ";
+
+std::string_view KeyOf(const HttpRequest& header) {
+  const auto authorization = header[http::field::authorization];
+  if (authorization.size() > kBearer.size() &&
+      boost::beast::iequals(authorization.substr(0, kBearer.size()), {kBearer.data(), kBearer.size()}))
+    return {authorization.data() + kBearer.size(), authorization.size() - kBearer.size()};
+  const auto plain = header["x-api-key"];
+  return {plain.data(), plain.size()};
+}
+
+bool OriginAllowed(const GatewayOptions& options, const HttpRequest& header) {
+  const auto value = header[http::field::origin];
+  const std::string origin(value.data(), value.size());
+  return !origin.empty() &&
+         std::any_of(options.cors_origins.begin(), options.cors_origins.end(),
+                     [&](const std::string& allowed) { return allowed == "*" || allowed == origin; });
+}
+
+}  // namespace
+
+ApiError EdgeError(int status, const char* code, std::string message) {
+  ApiError error;
+  error.http_status = status;
+  error.type = status == 401 ? "authentication_error" : "invalid_request_error";
+  error.code = code;
+  error.message = std::move(message);
+  return error;
+}
+
+std::optional<ApiError> CheckAccess(const GatewayContext& context, Listener listener, Access access,
+                                    const HttpRequest& header, std::string* key) {
+  if (access == Access::kOpen) return std::nullopt;
+  const ApiError nothing = EdgeError(404, "not_found", "there is nothing at this address");
+  if (listener == Listener::kAdmin) {
+    if (access == Access::kClient) return nothing;
+    return std::nullopt;
+  }
+  if (context.keys != nullptr) {
+    const std::string_view given = KeyOf(header);
+    if (given.empty())
+      return EdgeError(401, "invalid_api_key", "an API key is needed: 'Authorization: Bearer KEY'");
+    const auto name = context.keys->Find(given);
+    if (!name) return EdgeError(401, "invalid_api_key", "the API key is not valid");
+    *key = *name;
+  }
+  if (access == Access::kOperator && !context.options.admin_listen.empty()) return nothing;
+  return std::nullopt;
+}
+
+std::vector<std::pair<std::string, std::string>> CorsHeaders(const GatewayOptions& options,
+                                                             const HttpRequest& header) {
+  if (!OriginAllowed(options, header)) return {};
+  const auto origin = header[http::field::origin];
+  return {{"access-control-allow-origin", std::string(origin.data(), origin.size())},
+          {"vary", "origin"},
+          {"access-control-expose-headers", "x-request-id, retry-after"},
+          {"access-control-allow-methods", "GET, POST, OPTIONS"},
+          {"access-control-allow-headers", "authorization, content-type, x-api-key, x-request-id"},
+          {"access-control-max-age", "600"}};
+}
+
+bool IsPreflight(const GatewayOptions& options, const HttpRequest& header) {
+  return header.method() == http::verb::options && OriginAllowed(options, header);
+}
+
+}  // namespace millrace::server
