@@ -40,17 +40,17 @@ class Rails(Pair):
     def inside(self, side, command):
         return f"nsenter --net=/var/run/netns/{self.names[side]} {command}"
 
-    def iperf(self, rails, seconds=3, prefix=()):
+    def iperf(self, rails, seconds=3):
         """Bytes per second that iperf3 moves over each of `rails`, all at once, one stream each."""
         servers, clients = [], []
         for rail in rails:
             address = self.address(1, rail)
-            servers.append(subprocess.Popen([*prefix, *self.prefix(1), "iperf3", "-s", "-1", "-B", address, "-p", str(IPERF_PORT)],
+            servers.append(subprocess.Popen([*self.prefix(1), "iperf3", "-s", "-1", "-B", address, "-p", str(IPERF_PORT)],
                                             stdout=subprocess.DEVNULL))
         try:
             for rail in rails:
                 clients.append(subprocess.Popen(
-                    [*prefix, *self.prefix(0), "sh", "-c",
+                    [*self.prefix(0), "sh", "-c",
                      # The server may need a moment to listen.
                      f"for i in 1 2 3 4 5 6 7 8 9 10; do iperf3 -J -c {self.address(1, rail)} -B {self.address(0, rail)} "
                      f"-p {IPERF_PORT} -t {seconds} -O 1 && exit 0; sleep 0.2; done; exit 1"],
@@ -96,11 +96,11 @@ class Rails(Pair):
 class Target:
     """millrace transfer-bench --target on side 1, reached over link 0."""
 
-    def __init__(self, rails, log_dir, name="target", port=0, prefix=()):
+    def __init__(self, rails, log_dir, name="target", port=0):
         self.process = harness.Process(
             log_dir, name, ["transfer-bench", "--target", "--listen", f"{rails.address(1, 0)}:{port}",
                             *[a for rail in rails.rails for a in ("--rail", f"{rails.address(1, rail)}:0")]],
-            prefix=[*prefix, *rails.prefix(1)]).wait_started()
+            prefix=rails.prefix(1)).wait_started()
 
     def __enter__(self):
         return self
@@ -114,9 +114,9 @@ class Target:
         return self.process.address
 
 
-def run_initiator(rails, address, *args, prefix=(), seconds=30):
+def run_initiator(rails, address, *args, seconds=30):
     """The first row of a transfer-bench initiator's JSON. A failed transfer or a wrong byte is in the row as well."""
-    command = [*prefix, *rails.prefix(0), harness.binary(), "transfer-bench", "--connect", address, "--json",
+    command = [*rails.prefix(0), harness.binary(), "transfer-bench", "--connect", address, "--json",
                *[a for rail in rails.rails for a in ("--rail", f"{rails.address(0, rail)}:0")], *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
     if not done.stdout.strip():
