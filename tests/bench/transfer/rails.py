@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tests/e2e"))
@@ -48,18 +49,14 @@ class Rails(Pair):
             servers.append(subprocess.Popen([*self.prefix(1), "iperf3", "-s", "-1", "-B", address, "-p", str(IPERF_PORT)],
                                             stdout=subprocess.DEVNULL))
         try:
+            self._wait_listening(len(servers))
             for rail in rails:
                 clients.append(subprocess.Popen(
-                    [*self.prefix(0), "sh", "-c",
-                     # The server may need a moment to listen.
-                     f"for i in 1 2 3 4 5 6 7 8 9 10; do iperf3 -J -c {self.address(1, rail)} -B {self.address(0, rail)} "
-                     f"-p {IPERF_PORT} -t {seconds} -O 1 && exit 0; sleep 0.2; done; exit 1"],
-                    stdout=subprocess.PIPE, text=True))
+                    [*self.prefix(0), "iperf3", "-J", "-c", self.address(1, rail), "-B", self.address(0, rail),
+                     "-p", str(IPERF_PORT), "-t", str(seconds), "-O", "1"], stdout=subprocess.PIPE, text=True))
             figures = {}
             for rail, client in zip(rails, clients):
-                text, _ = client.communicate(timeout=seconds + 30)
-                # Failed attempts print an object of their own before the good one.
-                report = json.JSONDecoder().raw_decode(text[text.rindex('\n{\n') + 1 if '\n{\n' in text else 0:])[0]
+                report = json.loads(client.communicate(timeout=seconds + 60)[0])
                 if "error" in report:
                     raise RuntimeError(f"iperf3 over rail {rail}: {report['error']}")
                 figures[rail] = report["end"]["sum_received"]["bits_per_second"] / 8
@@ -68,6 +65,17 @@ class Rails(Pair):
             for process in servers + clients:
                 process.kill()
                 process.wait()
+
+    def _wait_listening(self, servers):
+        until = time.monotonic() + 30
+        while True:
+            text = subprocess.run([*self.prefix(1), "ss", "-Hltn", f"sport = :{IPERF_PORT}"], capture_output=True, text=True,
+                                  check=True).stdout
+            if len(text.splitlines()) == servers:
+                return
+            if time.monotonic() > until:
+                raise RuntimeError(f"iperf3 does not listen: {text}")
+            time.sleep(0.05)
 
     # Each gives (break, heal): shell commands. All act on the receiving side's end, except the rate.
     def link_down(self, rail):

@@ -53,7 +53,6 @@ def test_several_initiators_read_and_write(rails, tmp_path):
     assert row["errors"] == {} and row["wrong_bytes"] == 0
     assert row["checked_bytes"] >= row["bytes"] > 0
     assert sum(rail["share"] for rail in row["rails"]) == pytest.approx(1)
-    assert all(rail["bytes"] > 0 for rail in row["rails"])
 
 
 @pytest.mark.parametrize("flags, named", [
