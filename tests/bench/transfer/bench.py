@@ -39,9 +39,9 @@ def goodput_ratio(name, rates, log_dir, runs, results):
             limits = rails.iperf(rails.rails)
             row = carried(rails, log_dir)
             ratios.append(row["bytes_per_second"] / sum(limits.values()))
-            for rail, carried_by in zip(rails.rails, row["rails"]):
+            for rail in rails.rails:
                 share = limits[rail] / sum(limits.values())
-                share_errors.append(carried_by["share"] / share - 1)
+                share_errors.append(row["rails"][rails.index(row, rail)]["share"] / share - 1)
             results.append({"case": name, "rates_mbit": rates, "iperf_bytes_per_second": limits, "row": row})
     print(f"{name:44} {spread(ratios)} of iperf3's sum; a rail's share is off by at most "
           f"{max(map(abs, share_errors)) * 100:.1f} %", flush=True)

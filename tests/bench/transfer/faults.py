@@ -75,7 +75,7 @@ def run_trials(rails, limits, kind, trials, log_dir, outcome, rows):
         outcome.lost_ms.append(timeline.lost_seconds(row, start, until, survivors) * 1e3)
         outcome.during.append(timeline.goodput(row, start, until) / survivors)
         healed_at = done[-1]["ended_seconds"] if kind != "reset" else done[0]["ended_seconds"]
-        outcome.back_s.append(timeline.back_on_rail(row, rail - 1, healed_at, next_fault, 0.8 * limits[rail]))
+        outcome.back_s.append(timeline.back_on_rail(row, rails.index(row, rail), healed_at, next_fault, 0.8 * limits[rail]))
 
 
 def run_restarts(rails, limits, trials, log_dir, outcome, rows):

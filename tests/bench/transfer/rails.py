@@ -77,6 +77,10 @@ class Rails(Pair):
                 raise RuntimeError(f"iperf3 does not listen: {text}")
             time.sleep(0.05)
 
+    def index(self, row, rail):
+        """Where a rail stands in a row's rails; the control session may stand among them."""
+        return next(i for i, entry in enumerate(row["rails"]) if entry["local"] == self.address(0, rail))
+
     # Each gives (break, heal): shell commands. All act on the receiving side's end, except the rate.
     def link_down(self, rail):
         device = f"ip -n {self.names[1]} link set rail{rail}"
