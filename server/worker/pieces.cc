@@ -30,11 +30,11 @@ std::vector<transfer::Intent> LayerIntents(const engine::KvLayout& source_layout
   std::vector<transfer::Intent> intents;
   for (size_t i = 0; i < source.size(); ++i) {
     if (i > 0 && source[i] == source[i - 1] + 1 && destination[i] == destination[i - 1] + 1) {
-      intents.back().source.bytes += piece_bytes;
+      intents.back().local.bytes += piece_bytes;
       continue;
     }
     transfer::Intent intent;
-    intent.source = {source_region, source_layout.piece_offset(layer, source[i]), piece_bytes};
+    intent.local = {source_region, source_layout.piece_offset(layer, source[i]), piece_bytes};
     intent.remote_region = destination_region;
     intent.remote_offset = destination_layout.piece_offset(layer, destination[i]);
     intents.push_back(intent);

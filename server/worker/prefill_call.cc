@@ -244,7 +244,7 @@ void PrefillCall::Flush() {
 Status PrefillCall::Submit(const Run& run) {
   const auto first = static_cast<size_t>(run.first_page);
   const auto count = static_cast<size_t>(run.count);
-  transfer::WriteRequest write;
+  transfer::Request write;
   write.ticket = ticket_id_;
   write.intents =
       LayerIntents(context_->layout, context_->region, std::span(source_).subspan(first, count),
@@ -252,7 +252,7 @@ Status PrefillCall::Submit(const Run& run) {
   write.deadline = deadline_;
   write.priority = priority_;
   if (ticket_.state() == TicketState::kGranted) ticket_.MoveTo(TicketState::kStreaming);
-  return context_->transfer->Write(peer_, std::move(write), [self = shared_from_this(), run](Status status) {
+  return context_->transfer->Submit(peer_, std::move(write), [self = shared_from_this(), run](Status status) {
     self->context_->control.Post([self, run, status] { self->OnWritten(run, status); });
   });
 }
@@ -354,7 +354,7 @@ void PrefillCall::End(const Status& status) {
       fenced_ = true;
       ReleaseWhenDrained();
     } else {
-      context_->transfer->CancelWrites(peer_, ticket_id_, [self = shared_from_this()] {
+      context_->transfer->Cancel(peer_, ticket_id_, [self = shared_from_this()] {
         self->context_->control.Post([self] {
           self->fenced_ = true;
           self->ReleaseWhenDrained();
