@@ -48,7 +48,8 @@ struct EngineRequest {
   std::vector<int32_t> output;
   SamplingParams sampling;
   TimePoint deadline = kNoDeadline;
-  int32_t priority = 0;  // higher first
+  int32_t priority = 0;    // higher first
+  std::string cache_salt;  // KV is shared only among requests of one salt
 };
 
 struct TokenEvent {
@@ -56,6 +57,7 @@ struct TokenEvent {
                       // import's first token that was already sent is not said again and leaves a gap there
   SampledToken token;
   FinishReason finish = FinishReason::kNone;  // not kNone on the last token
+  int32_t cached_tokens = 0;  // with the first token: how many of the prompt were found in the prefix cache
 };
 
 // Receives one request's results. Engine thread. Exactly one of a finishing OnToken or OnError ends it; after
@@ -71,10 +73,11 @@ class TokenSink {
 };
 
 // The P side's sink. OnLayer: the KV of pages [first_page, first_page + pages.size()) of this sequence
-// (indices into its page table; `pages` are their ids) is final for `layer`. All layers of a chunk come
-// before the next chunk; the last chunk's last page may be part full. After the last OnLayer comes OnToken
-// with the first token; it ends the request, whether the answer itself ends with it (finish) or goes on
-// elsewhere (kNone), but the pages stay held by the ticket until ReleaseTicket.
+// (indices into its page table; `pages` are their ids) is final for `layer`. What the prefix cache had comes
+// like a chunk, at admission. All layers of a chunk come before the next chunk; the last chunk's last page
+// may be part full. After the last OnLayer comes OnToken with the first token; it ends the request, whether
+// the answer itself ends with it (finish) or goes on elsewhere (kNone), but the pages stay held by the ticket
+// until ReleaseTicket.
 class PrefillSink : public TokenSink {
  public:
   virtual void OnLayer(int32_t layer, int32_t first_page, std::span<const PageId> pages) = 0;
@@ -86,12 +89,15 @@ struct EngineOptions {
                               // batch_tokens_max leaves beside PrefillShare
   int32_t waiting_max = 256;  // requests queued; one more is ResourceExhausted
   int32_t num_vocabulary_tokens = 0;  // ids below this have a token (the tokenizer's size)
+  bool prefix_cache = true;           // keep the KV of full pages for later requests that begin alike
+  std::string model_digest;           // part of the cache's keys
   const Clock* clock = &Clock::System();
 };
 
 struct EngineStats {
   int32_t pages_total = 0;
-  int32_t pages_free = 0;
+  int32_t pages_free = 0;         // that can be had at once: nobody holds them, or only the prefix cache
+  int32_t pages_cached = 0;       // of the free ones, those with content in the prefix cache
   int32_t pages_ticket_only = 0;  // held by a ticket whose request has ended
   int32_t waiting = 0;            // queued requests, import waits for pages included
   int32_t running = 0;            // sequences in prefill or decode
@@ -101,6 +107,15 @@ struct EngineStats {
   uint64_t prompt_tokens = 0;  // computed
   uint64_t output_tokens = 0;
   uint64_t preemptions = 0;
+  uint64_t cache_asked_tokens = 0;  // tokens of admitted requests that the prefix cache was asked for
+  uint64_t cache_found_tokens = 0;  // of these, tokens whose KV it had
+};
+
+// What an import is given: the next pages of its sequence.
+struct GrantedPages {
+  int32_t first_page =
+      0;  // index in the sequence of pages[0]; of a first grant, the pages that were cached here
+  std::vector<PageId> pages;  // held by request and ticket; to be written
 };
 
 class Engine {
@@ -120,13 +135,15 @@ class Engine {
   virtual Status Prefill(EngineRequest request, std::unique_ptr<PrefillSink> sink) = 0;
   virtual Status BeginImport(EngineRequest request, std::unique_ptr<TokenSink> sink) = 0;
 
-  using GrantCallback = absl::AnyInvocable<void(StatusOr<std::vector<PageId>>) &&>;
+  using GrantCallback = absl::AnyInvocable<void(StatusOr<GrantedPages>) &&>;
   // Import: the next `num_pages` pages of this sequence, held by request and ticket. Answers (engine thread)
   // when they are there, or with an error once the request has ended or its ticket is released. Grants of one
   // request are answered in order; those of an import add up to PagesFor(prompt + output) at most, and are
-  // given so that imports that wait for each other's pages can all complete.
+  // given so that imports that wait for each other's pages can all complete. The first grant begins after the
+  // pages that the prefix cache has; it and later ones give fewer pages than asked for, or none, where the
+  // sequence needs no more. The last page of a sequence is always granted.
   virtual void Grant(RequestId id, int32_t num_pages, GrantCallback callback) = 0;
-  // Import: the KV of prompt and earlier output is in the granted pages (all PagesFor of them;
+  // Import: the KV of prompt and earlier output is in cached and granted pages (all PagesFor of them;
   // FailedPrecondition to the sink otherwise), and `first` is the token that P sampled from it. The sequence
   // joins the running batch; the sink gets OnToken(first) first unless `first_already_sent`. A first token
   // that ends the answer is always said, with its finish, so that every request has exactly one end.

@@ -3,6 +3,7 @@
 //
 // engine_core.cc   the life of a request: submit, import, cancel, end, tickets
 // admission.cc     who gets pages: admission, grants, growth, preemption
+// prefix.cc        what of a sequence the prefix cache has, and what it gets
 // step.cc          one step: expire, schedule, forward, sample
 
 #include <memory>
@@ -13,7 +14,7 @@
 #include "base/clock.h"
 #include "engine/core/engine.h"
 #include "engine/core/sequence.h"
-#include "engine/kv/page_pool.h"
+#include "engine/kv/prefix_cache.h"
 #include "engine/scheduler/scheduler.h"
 
 namespace millrace::engine {
@@ -67,7 +68,12 @@ class EngineCore {
   void DropPages(Sequence* sequence);
   bool AdmitQueued(Sequence* sequence);
   bool AnswerGrant(Sequence* sequence);
-  bool GrantIsSafe(const Sequence& sequence, int32_t count) const;
+  bool GrantIsSafe(const Sequence& sequence, std::span<CachedPage* const> found, int32_t count) const;
+  std::vector<CachedPage*> FindCached(Sequence* sequence) const;
+  int32_t AvailableBeside(std::span<CachedPage* const> found) const;
+  void TakeCached(Sequence* sequence, std::span<CachedPage* const> found);
+  void CachePages(Sequence* sequence);
+  void HoldForTicket(Sequence* sequence, PageId page);
   int32_t GrowthReserve() const;
   void GrowRunning();
   bool Grow(Sequence* sequence);
@@ -80,11 +86,12 @@ class EngineCore {
   Status RunBatch();
   void Break(const Status& status);
   void TellLayer(int32_t layer);
+  void TellCached(Sequence* sequence);
 
   const EngineOptions options_;
   Backend* const backend_;
   const KvLayout layout_;
-  PagePool pool_;
+  PrefixCache cache_;  // and the pool of pages below it
 
   std::unordered_map<RequestId, std::unique_ptr<Sequence>>
       sequences_;  // all live ones; each is in one set below
@@ -104,6 +111,8 @@ class EngineCore {
   uint64_t prompt_tokens_ = 0;
   uint64_t output_tokens_ = 0;
   uint64_t preemptions_ = 0;
+  uint64_t cache_asked_tokens_ = 0;
+  uint64_t cache_found_tokens_ = 0;
 };
 
 }  // namespace millrace::engine

@@ -15,7 +15,8 @@ prometheus::Counter& CounterOf(Metrics* metrics, const char* name, const char* h
 
 EngineMetrics::EngineMetrics(Metrics* metrics)
     : pages_total_(GaugeOf(metrics, "pages", "KV pages in the pool")),
-      pages_free_(GaugeOf(metrics, "pages_free", "KV pages that nobody holds")),
+      pages_free_(GaugeOf(metrics, "pages_free", "KV pages that nobody holds but the prefix cache")),
+      pages_cached_(GaugeOf(metrics, "pages_cached", "Free KV pages that the prefix cache has content in")),
       pages_ticket_only_(
           GaugeOf(metrics, "pages_ticket_only", "KV pages that only a transfer's ticket holds")),
       waiting_(GaugeOf(metrics, "waiting", "Requests queued, waits for import pages included")),
@@ -28,6 +29,10 @@ EngineMetrics::EngineMetrics(Metrics* metrics)
       output_tokens_(CounterOf(metrics, "output_tokens_total", "Tokens sampled")),
       preemptions_(
           CounterOf(metrics, "preemptions_total", "Sequences that gave up their pages to be recomputed")),
+      cache_asked_tokens_(CounterOf(metrics, "prefix_cache_asked_tokens_total",
+                                    "Tokens of admitted requests that the prefix cache was asked for")),
+      cache_found_tokens_(
+          CounterOf(metrics, "prefix_cache_found_tokens_total", "Of these, tokens whose KV it had")),
       step_seconds_(metrics->Histogram("millrace_engine_step_seconds", "Time of one batch, sampling included",
                                        {0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10})),
       batch_tokens_(metrics->Histogram("millrace_engine_batch_tokens", "Tokens of one batch",
@@ -36,6 +41,7 @@ EngineMetrics::EngineMetrics(Metrics* metrics)
 void EngineMetrics::Update(const EngineStats& stats) {
   pages_total_.Set(stats.pages_total);
   pages_free_.Set(stats.pages_free);
+  pages_cached_.Set(stats.pages_cached);
   pages_ticket_only_.Set(stats.pages_ticket_only);
   waiting_.Set(stats.waiting);
   running_.Set(stats.running);
@@ -45,6 +51,8 @@ void EngineMetrics::Update(const EngineStats& stats) {
   prompt_tokens_.Increment(static_cast<double>(stats.prompt_tokens - last_.prompt_tokens));
   output_tokens_.Increment(static_cast<double>(stats.output_tokens - last_.output_tokens));
   preemptions_.Increment(static_cast<double>(stats.preemptions - last_.preemptions));
+  cache_asked_tokens_.Increment(static_cast<double>(stats.cache_asked_tokens - last_.cache_asked_tokens));
+  cache_found_tokens_.Increment(static_cast<double>(stats.cache_found_tokens - last_.cache_found_tokens));
   last_ = stats;
 }
 

@@ -86,6 +86,7 @@ Status EngineCore::RunBatch() {
     const auto num_tokens = static_cast<int32_t>(segment.tokens.size());
     if (!sequence->is_decoding()) prompt_tokens_ += static_cast<uint64_t>(num_tokens);
     sequence->num_computed += num_tokens;
+    CachePages(sequence);
     if (segment.num_logits == 0) continue;
     SampleInput input;
     input.logits = output.logits.subspan(row++ * vocab_size, vocab_size);

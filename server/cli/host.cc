@@ -110,6 +110,8 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   engine_options.running_max = options.running_max;
   engine_options.waiting_max = options.waiting_max;
   engine_options.num_vocabulary_tokens = model.tokenizer->size();
+  engine_options.prefix_cache = options.prefix_cache == "on";
+  engine_options.model_digest = model.digest;
   MR_ASSIGN_OR_RETURN(hosted.engine, engine::Engine::Create(engine_options, std::move(backend), metrics));
 
   transfer::Options transfer_options;

@@ -87,6 +87,11 @@ void AddModel(CLI::App* command, ModelOptions& model) {
   command->add_option("--waiting-max", model.waiting_max, "Requests queued; one more is answered 429")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
+  command
+      ->add_option("--prefix-cache", model.prefix_cache,
+                   "on: keep the KV of full pages for requests that begin alike; off: compute every prompt")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->capture_default_str();
 }
 
 void AddHttp(CLI::App* command, HttpOptions& http) {

@@ -21,6 +21,7 @@ struct ModelOptions {
   int32_t batch_tokens_max = 512;
   int32_t running_max = 64;
   int32_t waiting_max = 256;
+  std::string prefix_cache = "on";
 };
 
 struct HttpOptions {

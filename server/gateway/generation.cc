@@ -54,6 +54,7 @@ Generation::Generation(net::any_io_executor executor, Membership& membership, In
   request_.set_request_id(request.id);
   request_.mutable_prompt()->Assign(request.prompt.begin(), request.prompt.end());
   request_.set_priority(request.priority);
+  request_.set_cache_salt(request.cache_salt);
   SamplingToProto(request.sampling, request_.mutable_sampling());
 }
 

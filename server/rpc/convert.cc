@@ -57,6 +57,7 @@ StatusOr<engine::EngineRequest> RequestFromProto(const rpc::GenerateRequest& mes
   request.output.assign(message.output().begin(), message.output().end());
   request.sampling = SamplingFromProto(message.sampling());
   request.priority = message.priority();
+  request.cache_salt = message.cache_salt();
   // A century is for ever, and cannot overflow the clock.
   constexpr int64_t kTimeoutUsMax = int64_t{100} * 365 * 86'400 * 1'000'000;
   if (message.timeout_us() > 0) {
@@ -91,6 +92,7 @@ void TokenToProto(const engine::TokenEvent& event, rpc::Token* message) {
   message->set_index(event.index);
   message->set_token(event.token.token);
   message->set_logprob(event.token.logprob);
+  message->set_cached_tokens(event.cached_tokens);
   for (const engine::TokenLogprob& entry : event.token.top) {
     rpc::TokenLogprob* top = message->add_top();
     top->set_token(entry.token);
@@ -114,6 +116,7 @@ engine::TokenEvent TokenFromProto(const rpc::Token& message) {
   event.index = message.index();
   event.token.token = message.token();
   event.token.logprob = message.logprob();
+  event.cached_tokens = message.cached_tokens();
   for (const rpc::TokenLogprob& top : message.top()) event.token.top.push_back({top.token(), top.logprob()});
   if (message.finish() == rpc::STOP) event.finish = engine::FinishReason::kStop;
   if (message.finish() == rpc::LENGTH) event.finish = engine::FinishReason::kLength;

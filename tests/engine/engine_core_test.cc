@@ -22,9 +22,8 @@ struct LiveRequest {
   std::shared_ptr<Recording> recording;
   FakeAnswer expected;
   int32_t pages_asked = 0;
-  std::shared_ptr<std::vector<PageId>> granted =
-      std::make_shared<std::vector<PageId>>();  // shared with callbacks
-  bool import_over = false;                     // finished or given up
+  std::shared_ptr<GrantedPages> granted = std::make_shared<GrantedPages>();  // shared with callbacks
+  bool import_over = false;                                                  // finished or given up
   bool first_skipped = false;
 };
 
@@ -104,6 +103,14 @@ class RandomEngine {
     request.id = next_id_++;
     request.prompt.resize(1 + random_.Below(random_.Below(4) == 0 ? 500 : 100));
     for (int32_t& token : request.prompt) token = static_cast<int32_t>(random_.Below(kFakeVocabularyTokens));
+    // Half of the prompts begin like others, some go on where an earlier answer ended.
+    if (random_.Below(2) == 0) {
+      Random shared(random_.Below(3));
+      const size_t length = std::min<size_t>(request.prompt.size(), 64 * (1 + random_.Below(4)));
+      for (size_t i = 0; i < length; ++i)
+        request.prompt[i] = static_cast<int32_t>(shared.Below(kFakeVocabularyTokens));
+    }
+    request.cache_salt = random_.Below(8) == 0 ? "salt" : "";
     request.output.resize(random_.Below(3));
     request.sampling.max_tokens = 3 + static_cast<int32_t>(random_.Below(random_.Below(2) == 0 ? 400 : 60));
     request.sampling.seed = random_.Next();
@@ -130,11 +137,14 @@ class RandomEngine {
       const int32_t count =
           1 + static_cast<int32_t>(random_.Below(static_cast<uint64_t>(needed - live->pages_asked)));
       live->pages_asked += count;
-      core_.Grant(live->request.id, count, [granted = live->granted](StatusOr<std::vector<PageId>> pages) {
-        if (pages.ok()) granted->insert(granted->end(), pages->begin(), pages->end());
+      core_.Grant(live->request.id, count, [granted = live->granted](StatusOr<GrantedPages> pages) {
+        if (!pages.ok()) return;
+        if (granted->pages.empty()) granted->first_page = pages->first_page;
+        granted->pages.insert(granted->pages.end(), pages->pages.begin(), pages->pages.end());
       });
-    } else if (static_cast<int32_t>(live->granted->size()) == needed) {
-      FakePrefill(backend_.kv_layout(), backend_.kv_memory(), tokens, *live->granted);
+    } else if (live->granted->first_page + static_cast<int32_t>(live->granted->pages.size()) == needed) {
+      FakePrefill(backend_.kv_layout(), backend_.kv_memory(), tokens, live->granted->pages,
+                  live->granted->first_page);
       live->import_over = true;
       live->first_skipped = random_.Below(2) == 0;
       const bool ends = live->expected.tokens.size() == 1;
@@ -175,7 +185,7 @@ class RandomEngine {
 };
 
 TEST(EngineCore, KeepsItsAccountsUnderRandomOperations) {
-  uint64_t preemptions = 0;
+  uint64_t preemptions = 0, found = 0;
   int32_t answered = 0;
   for (uint64_t seed = 1; seed <= 4; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
@@ -183,10 +193,12 @@ TEST(EngineCore, KeepsItsAccountsUnderRandomOperations) {
     for (int i = 0; i < 5000 && !::testing::Test::HasFailure(); ++i) engine.RandomOperation();
     engine.Finish();
     preemptions += engine.Stats().preemptions;
+    found += engine.Stats().cache_found_tokens;
     answered += engine.answered();
   }
   EXPECT_GT(preemptions, 10u) << "the pool was too large to test anything";
   EXPECT_GT(answered, 200);
+  EXPECT_GT(found, 5'000u) << "the cache was not used";
 }
 
 TEST(EngineCore, ImportsThatShareThePoolAllComplete) {
@@ -209,9 +221,8 @@ TEST(EngineCore, ImportsThatShareThePoolAllComplete) {
   }
   for (int page = 0; page < 6; ++page) {
     for (RequestId id = 1; id <= kImports; ++id) {
-      core.Grant(id, 1, [&count = granted[id]](StatusOr<std::vector<PageId>> pages) {
-        count += pages.ok() ? 1 : 0;
-      });
+      core.Grant(id, 1,
+                 [&count = granted[id]](StatusOr<GrantedPages> pages) { count += pages.ok() ? 1 : 0; });
       EXPECT_FALSE(core.Prepare());  // later arrivals rank higher and find pages taken
     }
   }

@@ -219,15 +219,24 @@ class FakeBackend final : public Backend {
   }
 
   void Check(const Batch& batch) const {
-    std::set<PageId> pages;
+    std::set<PageId> read, written;
     for (const Segment& segment : batch.segments) {
       MR_CHECK(!segment.tokens.empty());
       MR_CHECK(segment.pages.size() * kPageTokens >=
                static_cast<size_t>(segment.position) + segment.tokens.size());
-      for (const PageId page : segment.pages)
-        MR_CHECK(pages.insert(page).second, "page {} in two places", page);
+      // What is computed already may be shared; what is written is the segment's own.
+      for (size_t i = 0; i < segment.pages.size(); ++i) {
+        const bool is_read = (i + 1) * kPageTokens <= static_cast<size_t>(segment.position);
+        if (is_read) {
+          read.insert(segment.pages[i]);
+        } else {
+          MR_CHECK(written.insert(segment.pages[i]).second, "page {} in two places", segment.pages[i]);
+        }
+      }
       if (segment.num_logits == 0) MR_CHECK(segment.tokens.size() % kPageTokens == 0);
     }
+    for (const PageId page : written)
+      MR_CHECK(!read.contains(page), "page {} is written to and shared", page);
   }
 
   const ModelConfig config_;
@@ -245,13 +254,24 @@ class FakeBackend final : public Backend {
   std::vector<std::pair<int32_t, size_t>> segments_;
 };
 
-// The KV of `tokens` in `pages`, as the model itself would write it.
+// The KV of `tokens` from page `first_page` on in `pages`, as another worker would compute and send it.
 inline void FakePrefill(const KvLayout& layout, std::span<std::byte> memory, std::span<const int32_t> tokens,
-                        std::span<const PageId> pages) {
+                        std::span<const PageId> pages, int32_t first_page = 0) {
+  const KvLayout source = FakeLayout(PagesFor(static_cast<int64_t>(tokens.size())));
+  std::vector<std::byte> computed(source.total_bytes());
+  std::vector<PageId> table;
+  for (PageId page = 0; page < source.num_pages; ++page) table.push_back(page);
   Segment segment;
   segment.tokens = tokens;
-  segment.pages = pages;
-  for (int32_t layer = 0; layer < kFakeLayers; ++layer) FakeLayer(layout, memory, layer, segment);
+  segment.pages = table;
+  for (int32_t layer = 0; layer < kFakeLayers; ++layer) {
+    FakeLayer(source, computed, layer, segment);
+    for (size_t i = 0; i < pages.size(); ++i) {
+      std::memcpy(memory.data() + layout.piece_offset(layer, pages[i]),
+                  computed.data() + source.piece_offset(layer, first_page + static_cast<PageId>(i)),
+                  layout.piece_bytes());
+    }
+  }
 }
 
 struct FakeAnswer {

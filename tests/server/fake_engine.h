@@ -187,7 +187,8 @@ class FakeEngine final : public engine::Engine {
     Hold(pages);
     s->pages.insert(s->pages.end(), pages.begin(), pages.end());
     tickets_[id].insert(tickets_[id].end(), pages.begin(), pages.end());
-    std::move (*callback)(std::move(pages));
+    const int32_t first_page = static_cast<int32_t>(s->pages.size() - pages.size());
+    std::move (*callback)(engine::GrantedPages{first_page, std::move(pages)});
   }
 
   // Prefill by chunks, then one token a step.
