@@ -38,6 +38,9 @@ void EngineCore::DropPages(Sequence* sequence) {
   sequence->num_computed = 0;
   sequence->num_cached_pages = 0;
   sequence->cached_tail = nullptr;
+  sequence->mtp_begin = -1;
+  sequence->mtp_hidden.clear();
+  sequence->draft = -1;
 }
 
 // One page for every running sequence that may still grow, so that newcomers do not cause preemptions at
@@ -56,13 +59,18 @@ void EngineCore::HandOutPages() {
     }
   }
   while (true) {
-    // An import that asks for nothing yet is not in the way of those behind it.
-    const auto next = std::find_if(queued_.begin(), queued_.end(), [](const Sequence* sequence) {
-      return sequence->role != SequenceRole::kImport || !sequence->grants.empty();
+    // Who waits for the file, for a bounded time, and an import that asks for nothing yet are not in the way
+    // of those behind them.
+    const auto next = std::find_if(queued_.begin(), queued_.end(), [this](const Sequence* sequence) {
+      return (sequence->role != SequenceRole::kImport || !sequence->grants.empty()) && !Fetching(*sequence);
     });
     if (next == queued_.end()) return;
     if (importing_.size() + running_.size() >= static_cast<size_t>(options_.running_max)) return;
     Sequence* const sequence = *next;
+    if (!sequence->fetch_begun) {
+      BeginFetch(sequence);
+      if (Fetching(*sequence)) continue;
+    }
     if (sequence->role == SequenceRole::kImport) {
       if (!AnswerGrant(sequence)) return;
       Move(sequence, SequenceState::kImporting);
@@ -180,6 +188,7 @@ void EngineCore::Preempt(Sequence* sequence) {
   ++preemptions_;
   DropPages(sequence);
   sequence->role = SequenceRole::kGenerate;
+  sequence->fetch_begun = false;
   Move(sequence, SequenceState::kQueued);
 }
 

@@ -32,6 +32,8 @@
 #include "base/metrics.h"
 #include "base/status.h"
 #include "engine/backend/backend.h"
+#include "engine/kv/cache_log.h"
+#include "engine/kv/page_tiers.h"
 #include "engine/sampling/params.h"
 
 namespace millrace::engine {
@@ -57,6 +59,8 @@ struct TokenEvent {
                       // import's first token that was already sent is not said again and leaves a gap there
   SampledToken token;
   FinishReason finish = FinishReason::kNone;  // not kNone on the last token
+  std::vector<float>
+      mtp_hidden;  // of a prefill with an MTP layer: the last row's final hidden state [hidden_size]
   int32_t cached_tokens = 0;  // with the first token: how many of the prompt were found in the prefix cache
 };
 
@@ -91,6 +95,17 @@ struct EngineOptions {
   int32_t num_vocabulary_tokens = 0;  // ids below this have a token (the tokenizer's size)
   bool prefix_cache = true;           // keep the KV of full pages for later requests that begin alike
   std::string model_digest;           // part of the cache's keys
+  // Where cached pages go when the pool needs their room; 0 = forgotten at once. The file needs host memory
+  // too.
+  size_t host_tier_bytes = 0;
+  size_t disk_tier_bytes = 0;
+  std::string disk_tier_directory;
+  // While answers are being made, prompts take no more of a step than this allows (but a page): the longest
+  // that an answer should wait between two tokens. 0 = whole batches.
+  Duration token_gap_target = Duration(0);
+  // Let the MTP layer, if the backend has one, propose a token that the next step verifies. The answer is the
+  // same; it is used where it measures faster.
+  bool speculate = false;
   const Clock* clock = &Clock::System();
 };
 
@@ -109,6 +124,9 @@ struct EngineStats {
   uint64_t preemptions = 0;
   uint64_t cache_asked_tokens = 0;  // tokens of admitted requests that the prefix cache was asked for
   uint64_t cache_found_tokens = 0;  // of these, tokens whose KV it had
+  TierStats tiers;
+  uint64_t drafted_tokens = 0;   // proposed by the MTP layer and verified
+  uint64_t accepted_tokens = 0;  // of these, those that sampling drew
 };
 
 // What an import is given: the next pages of its sequence.
@@ -147,7 +165,10 @@ class Engine {
   // FailedPrecondition to the sink otherwise), and `first` is the token that P sampled from it. The sequence
   // joins the running batch; the sink gets OnToken(first) first unless `first_already_sent`. A first token
   // that ends the answer is always said, with its finish, so that every request has exactly one end.
-  virtual void FinishImport(RequestId id, SampledToken first, bool first_already_sent) = 0;
+  // `mtp_hidden` is what P's token came with, for the MTP layer's row of the last token; empty: no
+  // speculation for this answer.
+  virtual void FinishImport(RequestId id, SampledToken first, bool first_already_sent,
+                            std::vector<float> mtp_hidden = {}) = 0;
   // Import whose KV will not come from elsewhere after all: becomes a Generate. Its granted pages stay with
   // the ticket until ReleaseTicket, the request gets new ones.
   virtual void ImportToGenerate(RequestId id) = 0;
@@ -161,6 +182,8 @@ class Engine {
   virtual void ReleaseTicket(RequestId id) = 0;
 
   virtual EngineStats Stats() const = 0;  // a recent snapshot
+  // What has come into the prefix cache, any tier of it, and gone since `position`. Any thread.
+  virtual CacheChanges CacheChangesSince(uint64_t position) const = 0;
   // For a watchdog; does not depend on the engine thread. False if that thread has been in one turn
   // (commands, one step, sinks) for longer than stall_max, or if the backend has failed. Waiting for pages
   // that a ticket holds is no stall.

@@ -55,11 +55,19 @@ Status CheckRequest(const EngineRequest& request, const EngineOptions& options, 
   return OkStatus();
 }
 
-EngineCore::EngineCore(const EngineOptions& options, Backend* backend)
+EngineCore::EngineCore(const EngineOptions& options, Backend* backend, std::unique_ptr<PageFile> file)
     : options_(options),
       backend_(backend),
       layout_(backend->kv_layout()),
-      cache_(layout_.num_pages, nullptr) {}
+
+      tiers_(options.host_tier_bytes < layout_.page_bytes()
+                 ? nullptr
+                 : std::make_unique<PageTiers>(
+                       layout_.page_bytes(),
+                       static_cast<int32_t>(options.host_tier_bytes / layout_.page_bytes()), std::move(file),
+                       static_cast<PageCopier*>(this), options.clock)),
+      cache_(layout_.num_pages, &cache_log_, tiers_.get()),
+      has_mtp_(options.speculate && layout_.num_layers > backend->config().num_layers) {}
 
 Sequence* EngineCore::Find(RequestId id) {
   const auto found = sequences_.find(id);
@@ -103,6 +111,7 @@ void EngineCore::Submit(SequenceRole role, EngineRequest request, std::unique_pt
   sequence.request.output.clear();
   sequences_.emplace(sequence.request.id, std::move(owned));
   queued_.insert(&sequence);
+  BeginFetch(&sequence);
 }
 
 void EngineCore::Grant(RequestId id, int32_t num_pages, Engine::GrantCallback callback) {
@@ -122,7 +131,8 @@ void EngineCore::Grant(RequestId id, int32_t num_pages, Engine::GrantCallback ca
   sequence->grants.push_back({num_pages, std::move(callback)});
 }
 
-void EngineCore::FinishImport(RequestId id, SampledToken first, bool first_already_sent) {
+void EngineCore::FinishImport(RequestId id, SampledToken first, bool first_already_sent,
+                              std::vector<float> mtp_hidden) {
   Sequence* sequence = Find(id);
   if (sequence == nullptr) return;
   if (sequence->role != SequenceRole::kImport || sequence->state == SequenceState::kRunning) {
@@ -143,8 +153,11 @@ void EngineCore::FinishImport(RequestId id, SampledToken first, bool first_alrea
   const auto imported = std::span(sequence->pages).subspan(static_cast<size_t>(sequence->num_cached_pages));
   if (const Status status = backend_->FromHost(imported); !status.ok()) return Break(status);
   sequence->num_computed = sequence->num_prefill = sequence->num_imported;
+  if (has_mtp_ && mtp_hidden.size() == static_cast<size_t>(backend_->config().hidden_size)) {
+    sequence->mtp_begin = sequence->num_imported - 1;
+    sequence->mtp_hidden = std::move(mtp_hidden);
+  }
   Move(sequence, SequenceState::kRunning);
-  CachePages(sequence);
   AppendToken(sequence, std::move(first), /*send=*/!first_already_sent);
 }
 
@@ -197,8 +210,10 @@ bool EngineCore::AppendToken(Sequence* sequence, SampledToken token, bool send) 
     event.finish = FinishReason::kLength;
   }
   event.token = std::move(token);
+  if (sequence->role == SequenceRole::kPrefill) event.mtp_hidden = std::move(sequence->mtp_hidden);
   if (send || event.finish != FinishReason::kNone) sequence->sink->OnToken(event);
   if (event.finish == FinishReason::kNone && sequence->role != SequenceRole::kPrefill) return true;
+  CachePages(sequence);
   Erase(sequence);
   return false;
 }
@@ -246,6 +261,9 @@ EngineStats EngineCore::Stats() const {
   stats.preemptions = preemptions_;
   stats.cache_asked_tokens = cache_asked_tokens_;
   stats.cache_found_tokens = cache_found_tokens_;
+  stats.drafted_tokens = drafted_tokens_;
+  stats.accepted_tokens = accepted_tokens_;
+  if (tiers_ != nullptr) stats.tiers = tiers_->Stats();
   return stats;
 }
 

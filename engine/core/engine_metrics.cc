@@ -33,6 +33,16 @@ EngineMetrics::EngineMetrics(Metrics* metrics)
                                     "Tokens of admitted requests that the prefix cache was asked for")),
       cache_found_tokens_(
           CounterOf(metrics, "prefix_cache_found_tokens_total", "Of these, tokens whose KV it had")),
+      host_tier_pages_(GaugeOf(metrics, "host_tier_pages", "Cached KV pages in host memory")),
+      disk_tier_pages_(GaugeOf(metrics, "disk_tier_pages", "Cached KV pages in the file")),
+      host_tier_loads_(
+          CounterOf(metrics, "host_tier_loads_total", "Cached KV pages that came back from host memory")),
+      disk_tier_loads_(CounterOf(metrics, "disk_tier_loads_total", "Cached KV pages read from the file")),
+      disk_tier_failures_(CounterOf(metrics, "disk_tier_failures_total",
+                                    "Reads and writes of the file that failed, wrong checksums included")),
+      drafted_tokens_(CounterOf(metrics, "drafted_tokens_total",
+                                "Tokens that the MTP layer proposed and a step verified")),
+      accepted_tokens_(CounterOf(metrics, "accepted_tokens_total", "Of these, tokens that sampling drew")),
       step_seconds_(metrics->Histogram("millrace_engine_step_seconds", "Time of one batch, sampling included",
                                        {0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10})),
       batch_tokens_(metrics->Histogram("millrace_engine_batch_tokens", "Tokens of one batch",
@@ -53,6 +63,13 @@ void EngineMetrics::Update(const EngineStats& stats) {
   preemptions_.Increment(static_cast<double>(stats.preemptions - last_.preemptions));
   cache_asked_tokens_.Increment(static_cast<double>(stats.cache_asked_tokens - last_.cache_asked_tokens));
   cache_found_tokens_.Increment(static_cast<double>(stats.cache_found_tokens - last_.cache_found_tokens));
+  host_tier_pages_.Set(stats.tiers.host_pages);
+  disk_tier_pages_.Set(stats.tiers.disk_pages);
+  host_tier_loads_.Increment(static_cast<double>(stats.tiers.loaded - last_.tiers.loaded));
+  disk_tier_loads_.Increment(static_cast<double>(stats.tiers.fetched - last_.tiers.fetched));
+  disk_tier_failures_.Increment(static_cast<double>(stats.tiers.disk_failures - last_.tiers.disk_failures));
+  drafted_tokens_.Increment(static_cast<double>(stats.drafted_tokens - last_.drafted_tokens));
+  accepted_tokens_.Increment(static_cast<double>(stats.accepted_tokens - last_.accepted_tokens));
   last_ = stats;
 }
 

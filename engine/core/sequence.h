@@ -47,6 +47,13 @@ struct Sequence {
   uint64_t cache_root = 0;
   std::vector<uint64_t> page_keys;  // of the full pages of `tokens`, as far as asked for
   bool cacheable = false;           // false from a page on whose key another content has
+  // Final hidden states of rows [mtp_begin, num_computed), which the MTP layer has not seen; mtp_begin is -1
+  // when rows before are missing: then nothing is drafted until the text is computed again.
+  int32_t mtp_begin = -1;
+  std::vector<float> mtp_hidden;
+  int32_t draft = -1;               // the token after the pending one, as the MTP layer expects it; -1 none
+  bool fetch_begun = false;         // pages that only the file has were asked for while it queues
+  TimePoint fetch_until;            // by then it would have been as quick to compute them
   int32_t num_found = -1;           // prompt tokens found in the cache at the first admission; -1 before
   std::deque<PendingGrant> grants;  // import: asked for, not answered
   bool ticket_released = false;     // from then on no page gets a ticket hold
