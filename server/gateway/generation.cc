@@ -77,7 +77,9 @@ void Generation::Dispatch() {
   wanted.exclude = failed_;
   decode_lease_.Release();
   prefill_lease_.Release();
-  std::vector<WorkerSnapshot> workers = membership_.Snapshot();
+  std::vector<int32_t> tokens(request_.prompt().begin(), request_.prompt().end());
+  tokens.insert(tokens.end(), request_.output().begin(), request_.output().end());
+  std::vector<WorkerSnapshot> workers = membership_.Snapshot({tokens, request_.cache_salt()});
   in_flight_.Apply(&workers);
   const auto route = PickRoute(workers, wanted);
   if (!route.ok()) return Finish(route.status());

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace millrace::server {
 namespace {
@@ -93,6 +94,9 @@ void TokenToProto(const engine::TokenEvent& event, rpc::Token* message) {
   message->set_token(event.token.token);
   message->set_logprob(event.token.logprob);
   message->set_cached_tokens(event.cached_tokens);
+  if (!event.mtp_hidden.empty()) {
+    message->set_mtp_hidden(event.mtp_hidden.data(), event.mtp_hidden.size() * sizeof(float));
+  }
   for (const engine::TokenLogprob& entry : event.token.top) {
     rpc::TokenLogprob* top = message->add_top();
     top->set_token(entry.token);
@@ -117,6 +121,8 @@ engine::TokenEvent TokenFromProto(const rpc::Token& message) {
   event.token.token = message.token();
   event.token.logprob = message.logprob();
   event.cached_tokens = message.cached_tokens();
+  event.mtp_hidden.resize(message.mtp_hidden().size() / sizeof(float));
+  std::memcpy(event.mtp_hidden.data(), message.mtp_hidden().data(), event.mtp_hidden.size() * sizeof(float));
   for (const rpc::TokenLogprob& top : message.top()) event.token.top.push_back({top.token(), top.logprob()});
   if (message.finish() == rpc::STOP) event.finish = engine::FinishReason::kStop;
   if (message.finish() == rpc::LENGTH) event.finish = engine::FinishReason::kLength;

@@ -142,6 +142,7 @@ Status ImportAttempt::HandleEvent(const rpc::PrefillEvent& event) {
       first.cached_tokens = std::max(first.cached_tokens, first_page_ * engine::kPageTokens);
       has_first_token_ = true;
       first_token_ = first.token;
+      mtp_hidden_ = std::exchange(first.mtp_hidden, {});  // not for the caller
       times_.first_token = Now();
       owner_->OnFirstToken(first);  // may abandon this attempt
       return OkStatus();
@@ -224,7 +225,8 @@ void ImportAttempt::OnDigest(uint64_t digest) {
 void ImportAttempt::Commit() {
   times_.committed = Now();
   ticket_.MoveTo(TicketState::kCommitted);
-  context_->engine->FinishImport(params_.id, first_token_, /*first_already_sent=*/true);
+  context_->engine->FinishImport(params_.id, first_token_, /*first_already_sent=*/true,
+                                 std::move(mtp_hidden_));
   context_->engine->ReleaseTicket(params_.id);
   ticket_.MoveTo(TicketState::kReleased);
   context_->metrics.OnPrefillAttempt("committed");

@@ -99,6 +99,7 @@ class ImportAttempt final : public PrefillStreamObserver, public std::enable_sha
   size_t grants_used_ = 0;
   bool has_first_token_ = false;
   engine::SampledToken first_token_;
+  std::vector<float> mtp_hidden_;  // that came with it
   uint64_t sealed_digest_ = 0;
 
   Ticket ticket_;
