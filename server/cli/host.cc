@@ -92,7 +92,8 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
   MR_ASSIGN_OR_RETURN(const size_t kv_bytes, ParseBytes(options.kv_memory));
   engine::KvLayout page;
-  page.num_layers = model.config.num_layers;
+  backend_options.with_mtp = options.speculate == "auto" && model.config.num_mtp_layers > 0;
+  page.num_layers = model.config.num_layers + (backend_options.with_mtp ? model.config.num_mtp_layers : 0);
   page.num_kv_heads = model.config.num_kv_heads;
   page.head_dim = model.config.head_dim;
   page.dtype = precision == engine::Precision::kFloat32 ? engine::KvDType::kF32 : engine::KvDType::kBf16;
@@ -110,6 +111,14 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   engine_options.running_max = options.running_max;
   engine_options.waiting_max = options.waiting_max;
   engine_options.num_vocabulary_tokens = model.tokenizer->size();
+  engine_options.prefix_cache = options.prefix_cache == "on";
+  engine_options.model_digest = model.digest;
+  engine_options.speculate = backend_options.with_mtp;
+  engine_options.token_gap_target =
+      std::chrono::duration_cast<Duration>(std::chrono::duration<double, std::milli>(options.token_gap_ms));
+  MR_ASSIGN_OR_RETURN(engine_options.host_tier_bytes, ParseBytes(options.kv_host_memory));
+  MR_ASSIGN_OR_RETURN(engine_options.disk_tier_bytes, ParseBytes(options.kv_disk_size));
+  engine_options.disk_tier_directory = options.kv_disk_directory;
   MR_ASSIGN_OR_RETURN(hosted.engine, engine::Engine::Create(engine_options, std::move(backend), metrics));
 
   transfer::Options transfer_options;

@@ -87,6 +87,37 @@ void AddModel(CLI::App* command, ModelOptions& model) {
   command->add_option("--waiting-max", model.waiting_max, "Requests queued; one more is answered 429")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
+  command
+      ->add_option("--prefix-cache", model.prefix_cache,
+                   "on: keep the KV of full pages for requests that begin alike; off: compute every prompt")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->capture_default_str();
+  command
+      ->add_option("--kv-host-memory", model.kv_host_memory,
+                   "Host memory for cached KV pages that leave --kv-memory, e.g. 4GiB; 0 = none")
+      ->capture_default_str();
+  command
+      ->add_option("--kv-disk-size", model.kv_disk_size,
+                   "Size of a file for cached KV pages that leave --kv-host-memory; 0 = none")
+      ->capture_default_str();
+  command
+      ->add_option("--kv-disk-directory", model.kv_disk_directory,
+                   "Where that file is; it has no name and is gone when the process ends")
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--token-gap-ms", model.token_gap_ms,
+          "Milliseconds that an answer should wait at most between two tokens while prompts are computed; "
+          "0 = any time")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--speculate", model.speculate,
+          "auto: let the checkpoint's MTP layer, if any, propose tokens where that is faster; off: never. "
+          "The same on prefill and decode workers")
+      ->check(CLI::IsMember({"auto", "off"}))
+      ->capture_default_str();
 }
 
 void AddHttp(CLI::App* command, HttpOptions& http) {

@@ -21,6 +21,12 @@ struct ModelOptions {
   int32_t batch_tokens_max = 512;
   int32_t running_max = 64;
   int32_t waiting_max = 256;
+  std::string prefix_cache = "on";
+  std::string kv_host_memory = "0";  // cached pages that the pool evicts
+  std::string kv_disk_size = "0";    // and those that host memory evicts
+  std::string kv_disk_directory = "/var/tmp";
+  std::string speculate = "auto";
+  double token_gap_ms = 200;
 };
 
 struct HttpOptions {

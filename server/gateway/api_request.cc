@@ -70,6 +70,7 @@ const std::set<std::string>& KnownFields() {
                                               "user",
                                               "echo",
                                               "priority",
+                                              "cache_salt",
                                               "timeout",
                                               "response_format",
                                               "metadata",
@@ -350,6 +351,9 @@ ApiResult<ApiRequest> ParseApiRequest(Endpoint endpoint, std::string_view text, 
     request.timeout_seconds = timeout;
   }
   if (fields.error()) return *fields.error();
+  const auto salt = GetString(body, "cache_salt");
+  if (!salt.ok()) return BadRequest("cache_salt", std::string(Message(salt.status())));
+  request.cache_salt = salt->value_or("");
 
   const auto prompt_error = endpoint == Endpoint::kChat ? ParseChat(text, model, tokenizer, &request)
                                                         : ParsePrompt(body, tokenizer, &request);

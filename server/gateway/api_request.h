@@ -36,6 +36,7 @@ struct ApiRequest {
   bool skip_special_tokens = true;
   bool echo = false;  // completions only
   int32_t priority = 0;
+  std::string cache_salt;  // KV is shared only among requests of one salt
   std::optional<double> timeout_seconds;
   std::vector<std::string> unknown_fields;  // accepted, to be logged once
 };

@@ -14,6 +14,7 @@ namespace millrace::server {
 struct Usage {
   int32_t prompt_tokens = 0;
   int32_t completion_tokens = 0;
+  int32_t cached_tokens = 0;  // of the prompt
 };
 
 // Builds every body of one request: same id, created and model in each. One thread at a time.

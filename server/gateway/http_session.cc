@@ -328,7 +328,8 @@ const char* FinishName(engine::FinishReason reason) {
 net::awaitable<void> Session::AnswerWhole(const ApiRequest& request, std::shared_ptr<Generation> generation) {
   ResponseBuilder builder(request, context_->model, context_->tokenizer, std::time(nullptr));
   AnswerText assembler(context_->tokenizer, request.stop, request.skip_special_tokens);
-  Usage usage{static_cast<int32_t>(request.prompt.size()), 0};
+  Usage usage;
+  usage.prompt_tokens = static_cast<int32_t>(request.prompt.size());
   std::string text;
   if (request.echo) text = context_->tokenizer.Decode(request.prompt, request.skip_special_tokens);
   while (true) {
@@ -340,7 +341,7 @@ net::awaitable<void> Session::AnswerWhole(const ApiRequest& request, std::shared
     }
     const auto* token = std::get_if<engine::TokenEvent>(&event);
     if (token == nullptr) continue;
-    ++usage.completion_tokens;
+    if (++usage.completion_tokens == 1) usage.cached_tokens = token->cached_tokens;
     builder.AddToken(token->token);
     auto delta = assembler.Push(token->token.token);
     text += delta.text;
@@ -360,7 +361,8 @@ net::awaitable<void> Session::AnswerStream(const ApiRequest& request,
                                            std::shared_ptr<Generation> generation) {
   ResponseBuilder builder(request, context_->model, context_->tokenizer, std::time(nullptr));
   AnswerText assembler(context_->tokenizer, request.stop, request.skip_special_tokens);
-  Usage usage{static_cast<int32_t>(request.prompt.size()), 0};
+  Usage usage;
+  usage.prompt_tokens = static_cast<int32_t>(request.prompt.size());
   const auto data = [](std::string body) { return "data: " + std::move(body) + "\n\n"; };
   bool started = false;
   while (true) {
@@ -388,7 +390,7 @@ net::awaitable<void> Session::AnswerStream(const ApiRequest& request,
     }
     bool done = false;
     if (const auto* token = std::get_if<engine::TokenEvent>(&event)) {
-      ++usage.completion_tokens;
+      if (++usage.completion_tokens == 1) usage.cached_tokens = token->cached_tokens;
       builder.AddToken(token->token);
       auto delta = assembler.Push(token->token.token);
       if (!delta.text.empty()) out += data(builder.TextChunk(delta.text, usage));

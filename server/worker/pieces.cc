@@ -56,10 +56,11 @@ uint64_t LayerDigest(const engine::KvLayout& layout, std::span<const std::byte> 
 }
 
 uint64_t SequenceDigest(const engine::KvLayout& layout, std::span<const std::byte> memory,
-                        std::span<const engine::PageId> pages) {
+                        std::span<const engine::PageId> pages, int32_t first_page) {
+  const int32_t num_pages = first_page + static_cast<int32_t>(pages.size());
   uint64_t sum = 0;
   for (int32_t layer = 0; layer < layout.num_layers; ++layer) {
-    sum += LayerDigest(layout, memory, pages, layer, 0, static_cast<int32_t>(pages.size()));
+    sum += LayerDigest(layout, memory, pages, layer, first_page, num_pages);
   }
   return sum;
 }

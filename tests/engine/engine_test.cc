@@ -313,7 +313,7 @@ TEST(Engine, BackendErrorEndsEveryRequest) {
 
 TEST(Engine, DestructionCancelsWhatIsLeft) {
   std::vector<std::shared_ptr<Recording>> recordings;
-  std::future<StatusOr<std::vector<PageId>>> grant;
+  std::future<StatusOr<GrantedPages>> grant;
   {
     EngineOptions options = Options();
     options.running_max = 1;

@@ -57,11 +57,11 @@ TEST(SequenceDigest, IsThatOfTheContentWhereverItLies) {
           LayerDigest(a, memory_a, std::span(pages_a).subspan(page, 1), layer, static_cast<int32_t>(page), 2);
     }
   }
-  EXPECT_EQ(SequenceDigest(b, memory_b, pages_b), sum);
+  EXPECT_EQ(SequenceDigest(b, memory_b, pages_b, 0), sum);
   const std::vector<engine::PageId> swapped = {8, 5};
-  EXPECT_NE(SequenceDigest(b, memory_b, swapped), sum);
+  EXPECT_NE(SequenceDigest(b, memory_b, swapped, 0), sum);
   memory_b[b.piece_offset(1, 8) + kPiece - 1] ^= std::byte{0x80};
-  EXPECT_NE(SequenceDigest(b, memory_b, pages_b), sum);
+  EXPECT_NE(SequenceDigest(b, memory_b, pages_b, 0), sum);
 }
 
 }  // namespace

@@ -94,6 +94,7 @@ class CpuBackend : public Backend {
     StepOutput output;
     const size_t count = Head(logits_);
     output.logits = {logits_.data(), count * static_cast<size_t>(config_.vocab_size)};
+    if (options_.with_mtp) output.hidden = CopyHidden();
     KeepMtpRows();
     if (rows_.empty()) return output;
     RunMtp(layer_done);
@@ -102,7 +103,48 @@ class CpuBackend : public Backend {
     return output;
   }
 
+  StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments) override {
+    MR_CHECK(options_.with_mtp);
+    const auto width = static_cast<size_t>(config_.hidden_size);
+    rows_.clear();
+    mtp_segments_.clear();
+    mtp_segments_.reserve(segments.size());
+    for (const MtpSegment& segment : segments) {
+      const auto count = static_cast<int32_t>(segment.next_tokens.size());
+      MR_CHECK(count > 0 && segment.hidden.size() == segment.next_tokens.size() * width);
+      MR_CHECK(rows_.size() + segment.next_tokens.size() <= static_cast<size_t>(options_.batch_tokens_max));
+      Segment& run = mtp_segments_.emplace_back();
+      run.tokens = segment.next_tokens;
+      run.position = segment.position;
+      run.pages = segment.pages;
+      for (int32_t i = 0; i < count; ++i) {
+        std::memcpy(normed_[rows_.size()], segment.hidden.data() + static_cast<size_t>(i) * width,
+                    width * sizeof(float));
+        Row row;
+        row.segment = &run;
+        row.next_token = segment.next_tokens[static_cast<size_t>(i)];
+        MR_CHECK(row.next_token >= 0);
+        row.position = segment.position + i;
+        row.logits = i + 1 == count;
+        rows_.push_back(row);
+      }
+    }
+    RunMtp({});
+    const size_t count = Head(mtp_logits_);
+    return std::span<const float>(mtp_logits_.data(), count * static_cast<size_t>(config_.vocab_size));
+  }
+
  private:
+  // The final hidden states of the rows with logits.
+  std::span<const float> CopyHidden() {
+    hidden_out_.clear();
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      if (rows_[r].logits)
+        hidden_out_.insert(hidden_out_.end(), normed_[r], normed_[r] + config_.hidden_size);
+    }
+    return hidden_out_;
+  }
+
   void CollectRows(const Batch& batch) {
     rows_.clear();
     for (const Segment& segment : batch.segments) {
@@ -309,6 +351,8 @@ class CpuBackend : public Backend {
   RouterTrace trace_;
 
   std::vector<Row> rows_;
+  std::vector<Segment> mtp_segments_;  // what rows_ of ForwardMtp point to
+  std::vector<float> hidden_out_;
   RowBuffer hidden_;  // the residual stream
   RowBuffer normed_;
   RowBuffer delta_;
