@@ -35,6 +35,11 @@ struct CpuWeightsOptions {
   Quantization quantization = Quantization::kNone;
   int num_threads = 0;  // for packing; 0 = every usable processor
   LoadProgress progress;
+  // Where packed weights are kept for the next start, in a file of their own size; empty: nowhere. What
+  // cannot be read there (absent, other source, damaged) is made again and written again, with a line in the
+  // log; a cache that cannot be written costs a line and nothing else.
+  std::string cache_directory;
+  std::string source_digest;  // tells one source from another; a changed one finds no cache
 };
 
 // Packs a checkpoint that CheckTensors accepted, tensor by tensor: beside the packed weights, a few MiB per

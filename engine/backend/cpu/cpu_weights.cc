@@ -9,6 +9,7 @@
 #include "engine/backend/cpu/bfloat16.h"
 #include "engine/backend/cpu/load_jobs.h"
 #include "engine/backend/cpu/packing.h"
+#include "engine/backend/cpu/weight_cache.h"
 
 namespace millrace::engine {
 namespace {
@@ -287,7 +288,11 @@ StatusOr<std::shared_ptr<const Weights>> LoadCpuWeights(const TensorSource& sour
   Planner planner(source, config, *weights, weights->memory_.bytes().data());
   PlanModel(config, scale, planner, weights.get());
   MR_RETURN_IF_ERROR(ReadVectors(source, config, weights.get()));
-  MR_RETURN_IF_ERROR(RunJobs(source, planner.TakeJobs(), options));
+  const WeightCache cache(options, weights->precision_, weights->format_);
+  if (!cache.Read(weights->memory_.bytes())) {
+    MR_RETURN_IF_ERROR(RunJobs(source, planner.TakeJobs(), options));
+    cache.Write(weights->memory_.bytes());
+  }
   return std::shared_ptr<const Weights>(std::move(weights));
 }
 

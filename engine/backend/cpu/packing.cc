@@ -1,3 +1,4 @@
+#define MILLRACE_KERNEL_NAMESPACE packing_vectors
 #include "engine/backend/cpu/packing.h"
 
 #include <algorithm>
@@ -7,82 +8,107 @@
 
 #include "base/check.h"
 #include "engine/backend/cpu/bfloat16.h"
+#include "engine/backend/cpu/vector.h"
 
 namespace millrace::engine {
 namespace {
 
+using packing_vectors::Bits;
+using packing_vectors::I16x32;
+using packing_vectors::kRound;
+using packing_vectors::Load;
+using packing_vectors::Splat;
+using packing_vectors::Sum;
+using packing_vectors::V16;
+
 constexpr int64_t Round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-using Group = std::array<float, kGroupCols>;
+constexpr int kVectors = kGroupCols / 16;
+
+struct Group {
+  V16 values[kVectors];
+};
+struct Codes {
+  I16x32 values[kVectors];
+};
+
+// The value of largest magnitude, with its sign; NaN if there is one.
+float Largest(const Group& w) {
+  V16 high = {};
+  V16 low = {};
+  V16 sum = {};
+  for (const V16& x : w.values) {
+    high = x > high ? x : high;
+    low = x < low ? x : low;
+    sum += x;
+  }
+  if (std::isnan(Sum(sum))) return NAN;
+  const float up = packing_vectors::Max(high);
+  const float down = packing_vectors::Max(-low);
+  return up >= down ? up : -down;
+}
 
 // round(w / scale) of a group, clamped to [low, high]; returns the squared error.
-float RoundGroup(const Group& w, float scale, float low, float high, std::array<float, kGroupCols>* q) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
+float RoundGroup(const Group& w, float scale, float low, float high, Codes* codes) {
   const float inverse = 1.0f / scale;
-  std::array<float, 4> errors{};
-  for (size_t k = 0; k < w.size(); ++k) {
-    float x = std::min(std::max(w[k] * inverse, low), high);
-    x = (x + kRound) - kRound;
-    (*q)[k] = x;
-    const float error = w[k] - x * scale;
-    errors[k % 4] += error * error;
+  V16 errors = {};
+  for (int v = 0; v < kVectors; ++v) {
+    V16 x = w.values[v] * inverse;
+    x = x > low ? x : Splat(low);
+    x = x < high ? x : Splat(high);
+    const V16 shifted = x + kRound;
+    codes->values[v] = Bits<I16x32>(shifted) - Bits<int32_t>(kRound);
+    const V16 error = w.values[v] - (shifted - kRound) * scale;
+    errors += error * error;
   }
-  return errors[0] + errors[1] + errors[2] + errors[3];
+  return Sum(errors);
 }
 
 // Chooses the scale (a bf16 number) and the integers of one group. int8: the largest value becomes +-127.
 // int4: it becomes -8 of a range of [-8, 7] that may be mirrored, and smaller scales, which clip it, are
 // tried as well.
-uint16_t QuantizeGroup(const Group& w, int bits, std::array<float, kGroupCols>* q) {
-  float largest = 0;
-  for (const float x : w) {
-    if (std::fabs(x) > std::fabs(largest)) largest = x;
-  }
-  if (largest == 0 || !std::isfinite(largest)) {
-    q->fill(0);
-    return 0;
-  }
-  if (bits == 8) {
+uint16_t QuantizeGroup(const Group& w, bool int8, Codes* codes) {
+  const float largest = Largest(w);
+  *codes = {};
+  if (largest == 0 || !std::isfinite(largest)) return 0;
+  if (int8) {
     const uint16_t scale = ToBf16(std::fabs(largest) / 127.0f);
-    if (scale == 0)
-      q->fill(0);
-    else
-      RoundGroup(w, FromBf16(scale), -127, 127, q);
+    if (scale != 0) RoundGroup(w, FromBf16(scale), -127, 127, codes);
     return scale;
   }
   uint16_t best = 0;
   float best_error = INFINITY;
-  std::array<float, kGroupCols> candidate;
-  q->fill(0);
+  Codes candidate;
   for (const float steps : {-8.0f, -8.7f, -9.4f, 7.0f, 7.6f}) {
     const uint16_t scale = ToBf16(largest / steps);
     if ((scale & 0x7fffU) == 0) continue;
     const float error = RoundGroup(w, FromBf16(scale), -8, 7, &candidate);
-    if (error < best_error) {
+    if (error < best_error || best == 0) {  // huge weights have errors beyond all numbers
       best_error = error;
       best = scale;
-      *q = candidate;
+      *codes = candidate;
     }
   }
   return best;
 }
 
 void PackGroup(const PackedMatrix& w, std::byte* strip, int32_t group, int32_t row, const Group& values) {
-  const bool wide = w.format == WeightFormat::kInt8;
-  std::array<float, kGroupCols> q;
-  const uint16_t scale = QuantizeGroup(values, wide ? 8 : 4, &q);
-  auto* const bytes =
-      reinterpret_cast<uint8_t*>(strip) + int64_t{group} * (wide ? 1024 : 512) + int64_t{row} * 4;
-  for (int32_t k = 0; k < kGroupCols; ++k) {
-    const int32_t quad = k / 4;
-    if (wide) {
-      bytes[quad * 64 + k % 4] = static_cast<uint8_t>(static_cast<int32_t>(q[static_cast<size_t>(k)]) + 128);
-    } else {
-      uint8_t& both = bytes[quad % 8 * 64 + k % 4];
-      const auto half = static_cast<uint8_t>(static_cast<int32_t>(q[static_cast<size_t>(k)]) + 8);
-      both = quad < 8 ? static_cast<uint8_t>((both & 0xf0U) | half)
-                      : static_cast<uint8_t>((both & 0x0fU) | (half << 4));
-    }
+  using U8x16 = uint8_t __attribute__((vector_size(16)));
+  const bool int8 = w.format == WeightFormat::kInt8;
+  Codes codes;
+  const uint16_t scale = QuantizeGroup(values, int8, &codes);
+  for (I16x32& v : codes.values) v += int8 ? 128 : 8;
+  int32_t vectors = kVectors;
+  if (!int8) {  // quad q + 8 goes into the high half of quad q
+    vectors /= 2;
+    for (int v = 0; v < vectors; ++v) codes.values[v] |= codes.values[v + vectors] << 4;
+  }
+  std::byte* const bytes = strip + int64_t{group} * vectors * 256 + int64_t{row} * 4;
+  for (int32_t v = 0; v < vectors; ++v) {
+    const U8x16 narrow = __builtin_convertvector(codes.values[v], U8x16);
+    std::array<uint32_t, 4> quads;
+    std::memcpy(quads.data(), &narrow, sizeof(narrow));
+    for (int32_t q = 0; q < 4; ++q) std::memcpy(bytes + (v * 4 + q) * 64, &quads[static_cast<size_t>(q)], 4);
   }
   std::memcpy(strip + w.scale_offset + (int64_t{group} * kStripRows + row) * 2, &scale, sizeof(scale));
 }
@@ -93,8 +119,8 @@ void PackRow(const PackedMatrix& w, std::byte* strip, int32_t row, const float* 
     for (int32_t g = 0; g < w.groups; ++g) {
       Group group{};
       const int32_t first = g * kGroupCols;
-      const int32_t count = std::min(kGroupCols, w.cols - first);
-      if (values != nullptr) std::copy_n(values + first, count, group.begin());
+      const auto count = static_cast<size_t>(std::min(kGroupCols, w.cols - first));
+      if (values != nullptr) std::memcpy(group.values, values + first, count * sizeof(float));
       PackGroup(w, strip, g, row, group);
     }
     return;
