@@ -60,48 +60,27 @@ __attribute__((target("avx2"))) void ReadAll(const char* data, size_t bytes) {
   __asm__ volatile("" : : "x"(sum));
 }
 
-// Twelve independent sums hide the latency.
+// Twelve independent sums, in registers, hide the latency.
 #define MILLRACE_TWELVE(step) \
   step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7) step(8) step(9) step(10) step(11)
 
-__attribute__((target("avx512f,avx512vnni"))) void Int8Loop(int64_t rounds) {
-  __m512i sums[12];
-  for (__m512i& sum : sums) sum = _mm512_setzero_si512();
-  const __m512i one = _mm512_set1_epi8(1);
-  for (int64_t r = 0; r < rounds; ++r) {
-#define MILLRACE_STEP(i)                            \
-  sums[i] = _mm512_dpbusd_epi32(sums[i], one, one); \
-  __asm__ volatile("" : "+v"(sums[i]));
-    MILLRACE_TWELVE(MILLRACE_STEP)
-#undef MILLRACE_STEP
+#define MILLRACE_PEAK_LOOP(name, isa, zero, next)          \
+  __attribute__((target(isa))) void name(int64_t rounds) { \
+    MILLRACE_TWELVE(zero)                                  \
+    for (int64_t r = 0; r < rounds; ++r) {                 \
+      MILLRACE_TWELVE(next)                                \
+    }                                                      \
   }
-}
 
-__attribute__((target("avx512f"))) void Fp32Loop512(int64_t rounds) {
-  __m512 sums[12];
-  for (__m512& sum : sums) sum = _mm512_setzero_ps();
-  const __m512 half = _mm512_set1_ps(0.5f);
-  for (int64_t r = 0; r < rounds; ++r) {
-#define MILLRACE_STEP(i)                          \
-  sums[i] = _mm512_fmadd_ps(half, half, sums[i]); \
-  __asm__ volatile("" : "+v"(sums[i]));
-    MILLRACE_TWELVE(MILLRACE_STEP)
-#undef MILLRACE_STEP
-  }
-}
-
-__attribute__((target("avx2,fma"))) void Fp32Loop256(int64_t rounds) {
-  __m256 sums[12];
-  for (__m256& sum : sums) sum = _mm256_setzero_ps();
-  const __m256 half = _mm256_set1_ps(0.5f);
-  for (int64_t r = 0; r < rounds; ++r) {
-#define MILLRACE_STEP(i)                          \
-  sums[i] = _mm256_fmadd_ps(half, half, sums[i]); \
-  __asm__ volatile("" : "+x"(sums[i]));
-    MILLRACE_TWELVE(MILLRACE_STEP)
-#undef MILLRACE_STEP
-  }
-}
+#define MILLRACE_ZERO(i) __m512i s##i = _mm512_setzero_si512();
+#define MILLRACE_NEXT(i) __asm__ volatile("vpdpbusd %0, %0, %0" : "+v"(s##i));
+MILLRACE_PEAK_LOOP(Int8Loop, "avx512f,avx512vnni", MILLRACE_ZERO, MILLRACE_NEXT)
+#undef MILLRACE_NEXT
+#define MILLRACE_NEXT(i) __asm__ volatile("vfmadd231ps %0, %0, %0" : "+v"(s##i));
+MILLRACE_PEAK_LOOP(Fp32Loop512, "avx512f", MILLRACE_ZERO, MILLRACE_NEXT)
+#undef MILLRACE_ZERO
+#define MILLRACE_ZERO(i) __m256i s##i = _mm256_setzero_si256();
+MILLRACE_PEAK_LOOP(Fp32Loop256, "avx2,fma", MILLRACE_ZERO, MILLRACE_NEXT)
 
 }  // namespace
 
