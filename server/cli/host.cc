@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
+#include "engine/model/checkpoint.h"
 
 namespace millrace::server {
 namespace {

@@ -3,7 +3,7 @@
 
     MILLRACE_PROBE=build/release/tests/engine/engine_probe build/venv/bin/python tests/parity/quality.py [CONVERSATIONS]
 
-Teacher-forced: the loss of the tokens of each conversation's last message, given all before. Logits errors are against the
+CONVERSATIONS are taken evenly from the file, which is in parts; all without it. Teacher-forced: the loss of the tokens of each conversation's last message, given all before. Logits errors are against the
 same engine in float32: largest absolute difference over largest absolute logit, per row.
 """
 
@@ -22,7 +22,8 @@ FORMATS = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bf
 
 def conversations(probe, count):
     """(token ids, index of the first answer token) of each conversation."""
-    for line in (MODEL / "heldout.jsonl").read_text().splitlines()[:count]:
+    lines = (MODEL / "heldout.jsonl").read_text().splitlines()
+    for line in lines[:: max(1, len(lines) // count) if count else 1]:
         messages = json.loads(line)["messages"]
         prompt = probe.must(op="render", messages=messages[:-1])["text"]
         whole = probe.must(op="render", messages=messages, add_generation_prompt=False)["text"]
@@ -54,7 +55,7 @@ def main():
         first_loss = loss if first_loss is None else first_loss
         name = precision if quantize == "none" else quantize
         spread = f"{np.median(errors):.4f} / {np.quantile(errors, 0.99):.4f}" if errors else "reference"
-        print(f"{name:16} {np.exp(loss):11.4f} {100 * (loss / first_loss - 1):+11.2f} %   {spread}   ({len(losses)} tokens)",
+        print(f"{name:16} {np.exp(loss):11.4f} {loss - first_loss:+11.4f} nat   {spread}   ({len(losses)} tokens)",
               flush=True)
     probe.close()
 
