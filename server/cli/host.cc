@@ -2,11 +2,13 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <ctime>
 #include <filesystem>
 
 #include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
+#include "engine/model/checkpoint.h"
 
 namespace millrace::server {
 namespace {
@@ -16,19 +18,23 @@ class LoadBar {
  public:
   void operator()(size_t done, size_t total) {
     const int percent = total == 0 ? 100 : static_cast<int>(done * 100 / total);
-    const double gigabytes = static_cast<double>(total) / 1e9;
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin_).count();
+    const double left =
+        done == 0 ? 0 : seconds * static_cast<double>(total - done) / static_cast<double>(done);
     if (isatty(STDERR_FILENO)) {
       std::string bar(static_cast<size_t>(percent) * 40 / 100, '#');
       bar.resize(40, '.');
-      fmt::print(stderr, "\rloading weights [{}] {:3d} % of {:.2f} GB", bar, percent, gigabytes);
+      fmt::print(stderr, "\rloading weights [{}] {:3d} %, {:.0f} s left ", bar, percent, left);
       if (done == total) fmt::print(stderr, "\n");
     } else if (percent / 10 > shown_ / 10 || (done == total && shown_ < 100)) {
-      LogInfo("loading weights: {} % of {:.2f} GB", percent, gigabytes);
+      LogInfo("loading weights: {} %, {:.0f} s left", percent, left);
     }
     shown_ = percent;
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point begin_ = Clock::now();
   int shown_ = 0;
 };
 
@@ -66,11 +72,14 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
   }
   engine::CpuWeightsOptions load;
   MR_ASSIGN_OR_RETURN(load.precision, engine::ParsePrecision(options.precision));
+  MR_ASSIGN_OR_RETURN(load.quantization, engine::ParseQuantization(options.quantize));
   load.num_threads = options.threads;
   load.progress = LoadBar();
+  model.digest = engine::ModelDigest(*checkpoint, model.config);
+  load.cache_directory = options.weight_cache;
+  load.source_digest = model.digest + checkpoint->files_identity();
   MR_ASSIGN_OR_RETURN(model.weights, engine::LoadCpuWeights(*checkpoint, model.config, load));
   model.name = ModelName(options.model, options.model_name);
-  model.digest = engine::ModelDigest(*checkpoint, model.config);
   LogInfo("model {}: {} layers, {} tokens of context, {:.1f} MB of weights, digest {}", model.name,
           model.config.num_layers, model.config.max_position,
           static_cast<double>(model.weights->bytes()) / 1e6, model.digest);

@@ -71,6 +71,13 @@ void AddModel(CLI::App* command, ModelOptions& model) {
                       "Name that clients use (default: the directory's name)");
   command->add_option("--precision", model.precision, "Weights and KV cache: bfloat16 or float32")
       ->capture_default_str();
+  command
+      ->add_option(
+          "--quantize", model.quantize,
+          "Matrices in integers: none, int8 or int4; made at load from whatever the checkpoint holds")
+      ->capture_default_str();
+  command->add_option("--weight-cache", model.weight_cache,
+                      "Directory that keeps packed weights for the next start (default: none)");
   command->add_option("--isa", model.isa, "Kernels: auto, portable, avx2 or avx512")->capture_default_str();
   command->add_option("--threads", model.threads, "Compute threads per engine; 0 = every processor")
       ->capture_default_str();

@@ -15,6 +15,8 @@ struct ModelOptions {
   std::string model;       // checkpoint directory
   std::string model_name;  // as clients name it; empty: the directory's name
   std::string precision = "bfloat16";
+  std::string quantize = "none";
+  std::string weight_cache;  // directory; empty: packed weights are made anew at every start
   std::string isa = "auto";
   int threads = 0;                   // 0 = every processor this process may use
   std::string kv_memory = "512MiB";  // KV pages, per engine

@@ -2,7 +2,8 @@
 // reference. One request object per line of standard input, one answer object per line of standard output, in
 // order. Every answer has "ok"; a failure has "code" and "error" and changes nothing. Requests, by "op":
 //
-//   load        directory [precision isa threads num_pages batch_tokens_max logit_rows_max]
+//   load        directory [precision quantize weight_cache isa threads num_pages batch_tokens_max
+//   logit_rows_max]
 //               -> describe digest unused num_layers num_mtp_layers num_kv_layers vocab_size max_position
 //               eos_token_ids
 //   forward     segments: [{tokens position [num_logits pages next_tokens]}]
@@ -24,6 +25,7 @@
 #include <vector>
 
 #include "base/json.h"
+#include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
 #include "engine/model/checkpoint.h"
 #include "engine/model/config.h"
@@ -134,9 +136,12 @@ class Probe {
     MR_ASSIGN_OR_RETURN(const std::string directory, NeedString(request, "directory"));
     MR_ASSIGN_OR_RETURN(const std::optional<std::string> precision, GetString(request, "precision"));
     MR_ASSIGN_OR_RETURN(const std::optional<std::string> isa, GetString(request, "isa"));
+    MR_ASSIGN_OR_RETURN(const std::optional<std::string> quantize, GetString(request, "quantize"));
+    MR_ASSIGN_OR_RETURN(const std::optional<std::string> cache, GetString(request, "weight_cache"));
     CpuWeightsOptions weights_options;
     CpuBackendOptions options;
     MR_ASSIGN_OR_RETURN(weights_options.precision, ParsePrecision(precision.value_or("float32")));
+    MR_ASSIGN_OR_RETURN(weights_options.quantization, ParseQuantization(quantize.value_or("none")));
     MR_ASSIGN_OR_RETURN(options.isa, ParseIsa(isa.value_or("auto")));
     MR_ASSIGN_OR_RETURN(options.num_threads, IntOr(request, "threads", 1));
     MR_ASSIGN_OR_RETURN(options.num_pages, IntOr(request, "num_pages", 64));
@@ -150,6 +155,9 @@ class Probe {
     MR_ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(directory));
     std::vector<std::string> unused;
     MR_RETURN_IF_ERROR(CheckTensors(*checkpoint, &config, &unused));
+    const std::string digest = ModelDigest(*checkpoint, config);
+    weights_options.cache_directory = cache.value_or("");
+    weights_options.source_digest = digest + checkpoint->files_identity();
     MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights,
                         LoadCpuWeights(*checkpoint, config, weights_options));
     MR_ASSIGN_OR_RETURN(backend_, MakeCpuBackend(std::move(weights), options));
@@ -157,7 +165,7 @@ class Probe {
       router_[std::to_string(layer)].push_back(experts);
     });
     return Json{{"describe", backend_->Describe()},
-                {"digest", ModelDigest(*checkpoint, config)},
+                {"digest", digest},
                 {"unused", unused},
                 {"num_layers", config.num_layers},
                 {"num_mtp_layers", config.num_mtp_layers},
@@ -326,6 +334,9 @@ StatusOr<Json> AnswerLine(Probe& probe, const std::string& line) {
 }  // namespace millrace::engine
 
 int main() {
+  millrace::LogOptions log;
+  log.level = "warn";
+  if (!millrace::ConfigureLog(log).ok()) return 1;  // stderr: stdout is for answers
   millrace::engine::Probe probe;
   std::string line;
   while (std::getline(std::cin, line)) {
