@@ -7,6 +7,7 @@
 
 #include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
+#include "engine/backend/cuda/cuda_backend.h"
 
 namespace millrace::server {
 namespace {
@@ -52,6 +53,50 @@ StatusOr<ModelInfo> DescribeModel(const std::string& directory, const std::strin
   return info;
 }
 
+namespace {
+
+StatusOr<std::shared_ptr<const engine::Weights>> LoadWeights(const engine::Checkpoint& checkpoint,
+                                                             const engine::ModelConfig& config,
+                                                             const ModelOptions& options) {
+  MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
+  if (options.backend == "cuda") {
+    if (precision != engine::Precision::kBfloat16) {
+      return InvalidArgument("--backend cuda computes in bfloat16; --precision {} is for the CPU",
+                             options.precision);
+    }
+    engine::CudaWeightsOptions load;
+    load.num_threads = options.threads;
+    load.progress = LoadBar();
+    return engine::LoadCudaWeights(checkpoint, config, load);
+  }
+  engine::CpuWeightsOptions load;
+  load.precision = precision;
+  load.num_threads = options.threads;
+  load.progress = LoadBar();
+  return engine::LoadCpuWeights(checkpoint, config, load);
+}
+
+// A backend with `num_pages` pages over the model's weights.
+StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model, const ModelOptions& options,
+                                                       int32_t num_pages) {
+  if (options.backend == "cuda") {
+    engine::CudaBackendOptions backend;
+    backend.num_pages = num_pages;
+    backend.batch_tokens_max = options.batch_tokens_max;
+    backend.logit_rows_max = options.running_max;
+    return engine::MakeCudaBackend(model.weights, backend);
+  }
+  engine::CpuBackendOptions backend;
+  backend.num_pages = num_pages;
+  backend.num_threads = options.threads;
+  backend.batch_tokens_max = options.batch_tokens_max;
+  backend.logit_rows_max = options.running_max;
+  MR_ASSIGN_OR_RETURN(backend.isa, engine::ParseIsa(options.isa));
+  return engine::MakeCpuBackend(model.weights, backend);
+}
+
+}  // namespace
+
 StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
   LoadedModel model;
   MR_ASSIGN_OR_RETURN(model.config, engine::LoadModelConfig(options.model));
@@ -64,11 +109,7 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
     return InvalidArgument("{}/tokenizer.json: {} tokens, but config.json's vocab_size is {}", options.model,
                            model.tokenizer->size(), model.config.vocab_size);
   }
-  engine::CpuWeightsOptions load;
-  MR_ASSIGN_OR_RETURN(load.precision, engine::ParsePrecision(options.precision));
-  load.num_threads = options.threads;
-  load.progress = LoadBar();
-  MR_ASSIGN_OR_RETURN(model.weights, engine::LoadCpuWeights(*checkpoint, model.config, load));
+  MR_ASSIGN_OR_RETURN(model.weights, LoadWeights(*checkpoint, model.config, options));
   model.name = ModelName(options.model, options.model_name);
   model.digest = engine::ModelDigest(*checkpoint, model.config);
   LogInfo("model {}: {} layers, {} tokens of context, {:.1f} MB of weights, digest {}", model.name,
@@ -84,11 +125,6 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
 
 StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions& options,
                                    const HostedWorkerOptions& worker_options, Metrics* metrics) {
-  engine::CpuBackendOptions backend_options;
-  backend_options.num_threads = options.threads;
-  backend_options.batch_tokens_max = options.batch_tokens_max;
-  backend_options.logit_rows_max = options.running_max;
-  MR_ASSIGN_OR_RETURN(backend_options.isa, engine::ParseIsa(options.isa));
   MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
   MR_ASSIGN_OR_RETURN(const size_t kv_bytes, ParseBytes(options.kv_memory));
   engine::KvLayout page;
@@ -101,8 +137,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
     return InvalidArgument("--kv-memory {} holds {} pages of {} bytes; at least 2 are needed",
                            options.kv_memory, pages, page.page_bytes());
   }
-  backend_options.num_pages = static_cast<int32_t>(pages);
-  MR_ASSIGN_OR_RETURN(auto backend, engine::MakeCpuBackend(model.weights, backend_options));
+  MR_ASSIGN_OR_RETURN(auto backend, MakeBackend(model, options, static_cast<int32_t>(pages)));
 
   HostedWorker hosted;
   engine::EngineOptions engine_options;

@@ -163,6 +163,12 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) SelectExperts(SelectExper
 
 constexpr int kSortThreads = 256;
 
+__device__ void Place(const SortSlotsArgs& args, int at, int slot, int token) {
+  args.slots[at] = slot;
+  args.tokens[at] = token;
+  args.slot_weights[at] = args.weights[slot];
+}
+
 // Block per expert: counts the choices of lower experts, which is where its slots begin, then writes its own
 // in order.
 __global__ void __launch_bounds__(kSortThreads) SortSlots(SortSlotsArgs args) {
@@ -178,8 +184,9 @@ __global__ void __launch_bounds__(kSortThreads) SortSlots(SortSlotsArgs args) {
       args.offsets[expert] = begin;
       if (expert == experts_all - 1) args.offsets[experts_all] = begin + rows;
     }
-    for (int t = threadIdx.x; t < rows; t += kSortThreads)
-      args.slots[begin + t] = t * slots + args.top_k + shared;
+    for (int t = threadIdx.x; t < rows; t += kSortThreads) {
+      Place(args, begin + t, t * slots + args.top_k + shared, t);
+    }
     return;
   }
   const int lane = threadIdx.x % 32;
@@ -211,7 +218,7 @@ __global__ void __launch_bounds__(kSortThreads) SortSlots(SortSlotsArgs args) {
       if (w < warp) before += warp_counts[w];
       next += warp_counts[w];
     }
-    if (mine) args.slots[before + __popc(ballot & ((1u << lane) - 1))] = slot;
+    if (mine) Place(args, before + __popc(ballot & ((1u << lane) - 1)), slot, i / args.top_k);
   }
 }
 

@@ -36,9 +36,14 @@ cudaError_t LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stre
 // Slots sorted by expert, in token order within an expert: the same list on every run.
 struct SortSlotsArgs {
   const int32_t* experts = nullptr;     // [rows, slots_per_token] as SelectExperts wrote them
+  const float* weights = nullptr;       // likewise
   const int32_t* valid_rows = nullptr;  // device scalar
   int32_t* offsets = nullptr;  // [num_experts + num_shared + 1], written: where each expert's slots begin
-  int32_t* slots = nullptr;    // [rows * slots_per_token], written up to offsets' last entry
+  // The sorted slots' numbers, tokens and weights: [rows * slots_per_token] each, written up to offsets' last
+  // entry.
+  int32_t* slots = nullptr;
+  int32_t* tokens = nullptr;
+  float* slot_weights = nullptr;
   int32_t rows = 0;
   int32_t num_experts = 0;
   int32_t top_k = 0;
