@@ -1,0 +1,253 @@
+// Decode: weight rows on the 16-row side of mma.sync m16n8k16, tokens on its 8-column side, so that two
+// tokens of an expert do not cost the work of 64. Persistent CTAs; one producer warp streams [rows x 256 k]
+// stages of weights (tensor copies, evict-first) and the tokens' k range (one bulk copy per token); each
+// consumer warp owns 16 weight rows of the tile over the whole of k, so warps meet only at the stage
+// barriers.
+
+#include "engine/backend/cuda/kernels/expert_tiles.cuh"
+#include "engine/backend/cuda/kernels/grouped_gemm.h"
+#include "engine/backend/cuda/kernels/ptx.cuh"
+#include "engine/backend/cuda/kernels/tensor_map.h"
+
+namespace millrace::engine::cuda {
+namespace {
+
+constexpr int kTileTokens = 32;
+constexpr int kStageK = 256;
+constexpr int kBoxK = 64;  // 128 bytes: one swizzle row
+constexpr int kBoxes = kStageK / kBoxK;
+// Token rows are padded by 16 bytes: the 8 rows of an ldmatrix then fall on 8 different groups of banks.
+constexpr int kTokenPitch = kStageK * 2 + 16;
+constexpr int kTokenBytes = kTileTokens * kTokenPitch;
+
+template <int kWarps>
+struct Shape {
+  static constexpr int kRows = 16 * kWarps;
+  static constexpr int kBoxBytes = kRows * 128;
+  static constexpr int kWeightBytes = kBoxes * kBoxBytes;
+  static constexpr int kStages = kWarps == 4 ? 4 : 6;
+  static constexpr int kThreads = 32 * (kWarps + 1);
+};
+
+// Stages first: weight boxes need 1024-byte alignment.
+template <int kWarps>
+struct alignas(1024) Shared {
+  uint8_t weights[Shape<kWarps>::kStages][Shape<kWarps>::kWeightBytes];
+  uint8_t tokens[Shape<kWarps>::kStages][kTokenBytes];
+  uint64_t full[Shape<kWarps>::kStages];   // the producer's expected bytes have landed
+  uint64_t empty[Shape<kWarps>::kStages];  // every consumer warp has read the stage
+  int32_t prefix[kGroupedGemmExpertsMax + 1];
+};
+
+struct Params {
+  GroupedGemmArgs args;
+  int row_tiles;
+};
+
+// Multiplies 16 weight rows (one warp) by kColumns x 8 tokens over one stage. `k_left`: valid k of the stage.
+template <int kColumns>
+__device__ __forceinline__ void MultiplyStage(uint32_t weights, uint32_t box_bytes, uint32_t tokens, int warp,
+                                              int lane, int k_left, float (&sums)[kColumns][4]) {
+  const int row = warp * 16 + (lane & 15);
+  const uint32_t row_address = weights + row * 128;
+  const uint32_t token_address = tokens + (lane & 7) * kTokenPitch + (lane >> 3) * 16;
+#pragma unroll
+  for (int pair = 0; pair < kStageK / 32; ++pair) {  // two k16 steps: one token load serves both
+    if (pair * 32 >= k_left) break;
+    uint32_t b[kColumns][4];
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      ptx::LoadMatrix4(b[column], token_address + column * 8 * kTokenPitch + pair * 64);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half == 1 && pair * 32 + 16 >= k_left) break;
+      const int step = pair * 2 + half;
+      const uint32_t chunk = (step % 4) * 2 + (lane >> 4);
+      uint32_t a[4];
+      ptx::LoadMatrix4(a, row_address + (step / 4) * box_bytes + ((chunk ^ (row & 7)) << 4));
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        ptx::Mma16816(sums[column], a, b[column][2 * half], b[column][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// One tile of one consumer warp: all of k, then the epilogue. `stage` and `phase` run on.
+template <int kWarps, bool kGateUp, int kColumns>
+__device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kWarps>& shared,
+                                            const ExpertTile& tile, int row_tile, int warp, int lane,
+                                            int& stage, uint32_t& phase) {
+  using S = Shape<kWarps>;
+  const GroupedGemmArgs& args = params.args;
+  float sums[kColumns][4] = {};
+  for (int k0 = 0; k0 < args.k; k0 += kStageK) {
+    ptx::BarrierWait(ptx::SmemAddress(&shared.full[stage]), phase);
+    const uint32_t weights = ptx::SmemAddress(shared.weights[stage]);
+    const uint32_t tokens = ptx::SmemAddress(shared.tokens[stage]);
+    const int k_left = args.k - k0;
+    if (k_left >= kStageK) {
+      MultiplyStage<kColumns>(weights, S::kBoxBytes, tokens, warp, lane, kStageK, sums);
+    } else {
+      MultiplyStage<kColumns>(weights, S::kBoxBytes, tokens, warp, lane, k_left, sums);
+    }
+    __syncwarp();  // every lane has read the stage
+    if (lane == 0) ptx::BarrierArrive(ptx::SmemAddress(&shared.empty[stage]));
+    if (++stage == S::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+
+  const int row16 = row_tile * S::kRows + warp * 16;
+  if (row16 >= args.rows) return;
+#pragma unroll
+  for (int column = 0; column < kColumns; ++column) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = column * 8 + 2 * (lane & 3) + i;
+      if (token >= tile.num_tokens) continue;
+      const int slot = tile.first_slot + token;
+      const int out_row = args.out_rows != nullptr ? __ldg(args.out_rows + slot) : slot;
+      __nv_bfloat16* out = args.out + out_row * args.out_stride;
+      const float upper = sums[column][i];
+      const float lower = sums[column][2 + i];
+      if constexpr (kGateUp) {  // the box brought 8 gates, then their 8 ups
+        const float silu = __fdividef(upper, 1.0f + __expf(-upper));
+        out[row16 / 2 + lane / 4] = __float2bfloat16(silu * lower);
+      } else {
+        const float scale = args.slot_scale != nullptr ? __ldg(args.slot_scale + slot) : 1.0f;
+        out[row16 + lane / 4] = __float2bfloat16(scale * upper);
+        out[row16 + lane / 4 + 8] = __float2bfloat16(scale * lower);
+      }
+    }
+  }
+}
+
+template <int kWarps>
+__device__ __forceinline__ void Produce(const Params& params, const CUtensorMap* map, Shared<kWarps>& shared,
+                                        int lane) {
+  using S = Shape<kWarps>;
+  const GroupedGemmArgs& args = params.args;
+  const uint64_t policy = ptx::PolicyEvictFirst();
+  const int num_items = shared.prefix[args.num_experts] * params.row_tiles;
+  int stage = 0;
+  uint32_t phase = 0;
+  for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const ExpertTile tile = FindExpertTile<kTileTokens>(args.expert_offsets, args.num_experts, shared.prefix,
+                                                        item / params.row_tiles);
+    const int row_tile = item % params.row_tiles;
+    const __nv_bfloat16* x = nullptr;
+    if (lane < tile.num_tokens) {
+      const int slot = tile.first_slot + lane;
+      x = args.x + (args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot) * args.x_stride;
+    }
+    for (int k0 = 0; k0 < args.k; k0 += kStageK) {
+      ptx::BarrierWait(ptx::SmemAddress(&shared.empty[stage]), phase ^ 1);
+      const uint32_t full = ptx::SmemAddress(&shared.full[stage]);
+      const int k_here = min(args.k - k0, kStageK);
+      if (lane == 0) {
+        const int boxes = (k_here + kBoxK - 1) / kBoxK;
+        ptx::BarrierArriveExpect(full, boxes * S::kBoxBytes + tile.num_tokens * k_here * 2);
+        for (int box = 0; box < boxes; ++box) {
+          ptx::TensorCopy5d(ptx::SmemAddress(shared.weights[stage]) + box * S::kBoxBytes, map,
+                            k0 + box * kBoxK, 0, 0, row_tile * (S::kRows / 16), tile.expert, full, policy);
+        }
+      }
+      __syncwarp();  // the expectation stands before any token's bytes can land
+      if (lane < tile.num_tokens) {
+        ptx::BulkCopy(ptx::SmemAddress(shared.tokens[stage]) + lane * kTokenPitch, x + k0, k_here * 2, full);
+      }
+      if (++stage == S::kStages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+  }
+}
+
+template <int kWarps, bool kGateUp>
+__global__ void __launch_bounds__(Shape<kWarps>::kThreads, 1)
+    GroupedGemmDecode(const Params params, const __grid_constant__ CUtensorMap map) {
+  using S = Shape<kWarps>;
+  extern __shared__ uint8_t raw[];
+  auto& shared = *reinterpret_cast<Shared<kWarps>*>(raw + ((1024 - (ptx::SmemAddress(raw) & 1023)) & 1023));
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const GroupedGemmArgs& args = params.args;
+  if (warp == kWarps) {
+    if (lane == 0) {
+      ptx::TensorMapPrefetch(&map);
+      for (int i = 0; i < S::kStages; ++i) {
+        ptx::BarrierInit(ptx::SmemAddress(&shared.full[i]), 1);
+        ptx::BarrierInit(ptx::SmemAddress(&shared.empty[i]), kWarps);
+      }
+      ptx::BarrierInitFence();
+    }
+    __syncwarp();
+    BuildExpertTiles<kTileTokens>(args.expert_offsets, args.num_experts, lane, shared.prefix);
+  }
+  __syncthreads();  // barriers and tile list are ready
+  if (warp == kWarps) {
+    Produce<kWarps>(params, &map, shared, lane);
+    return;
+  }
+  const int num_items = shared.prefix[args.num_experts] * params.row_tiles;
+  int stage = 0;
+  uint32_t phase = 0;
+  for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const ExpertTile tile = FindExpertTile<kTileTokens>(args.expert_offsets, args.num_experts, shared.prefix,
+                                                        item / params.row_tiles);
+    const int row_tile = item % params.row_tiles;
+    switch ((tile.num_tokens + 7) / 8) {
+      case 1:
+        ConsumeTile<kWarps, kGateUp, 1>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        break;
+      case 2:
+        ConsumeTile<kWarps, kGateUp, 2>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        break;
+      default:
+        ConsumeTile<kWarps, kGateUp, 4>(params, shared, tile, row_tile, warp, lane, stage, phase);
+    }
+  }
+}
+
+template <int kWarps, bool kGateUp>
+cudaError_t Launch(const GroupedGemmArgs& args, int num_sms, cudaStream_t stream) {
+  using S = Shape<kWarps>;
+  constexpr int kBytes = sizeof(Shared<kWarps>) + 1024;
+  auto kernel = GroupedGemmDecode<kWarps, kGateUp>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  CUtensorMap map;
+  error = EncodeExpertWeights(args.weights, 2, args.num_experts, args.rows, args.k, S::kRows, kGateUp, &map);
+  if (error != cudaSuccess) return error;
+  const Params params = {args, (args.rows + S::kRows - 1) / S::kRows};
+  kernel<<<num_sms, S::kThreads, kBytes, stream>>>(params, map);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchGroupedGemmDecode(const GroupedGemmArgs& args, cudaStream_t stream) {
+  if (args.num_experts > kGroupedGemmExpertsMax || args.rows % 16 != 0 || args.k % 16 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  int device = 0;
+  int num_sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const bool gate_up = args.matrix == ExpertMatrix::kGateUp;
+  // Few tiles: halve them, so that the last wave leaves fewer multiprocessors idle. Results do not change.
+  const int tiles_max = (args.num_slots_max < args.num_experts ? args.num_slots_max : args.num_experts) *
+                        ((args.rows + 63) / 64);
+  if (tiles_max < 8 * num_sms) {
+    return gate_up ? Launch<2, true>(args, num_sms, stream) : Launch<2, false>(args, num_sms, stream);
+  }
+  return gate_up ? Launch<4, true>(args, num_sms, stream) : Launch<4, false>(args, num_sms, stream);
+}
+
+}  // namespace millrace::engine::cuda

@@ -1,0 +1,315 @@
+// Prefill: wgmma with 256 weight rows by up to 128 tokens per tile; weight rows fill every tile, so only the
+// token side is ragged, and it is rounded up to 32. Persistent CTAs of three warpgroups: one loads (weights
+// by tensor copies; token rows, gathered by index, by 16-byte asynchronous copies into the same swizzle), two
+// multiply 128 rows each. SwiGLU or the router weight is applied to the sums in registers, which then pass
+// through shared memory once to leave as full lines.
+
+#include "engine/backend/cuda/kernels/expert_tiles.cuh"
+#include "engine/backend/cuda/kernels/grouped_gemm.h"
+#include "engine/backend/cuda/kernels/ptx.cuh"
+#include "engine/backend/cuda/kernels/tensor_map.h"
+#include "engine/backend/cuda/kernels/wgmma.cuh"
+
+namespace millrace::engine::cuda {
+namespace {
+
+constexpr int kTileTokens = 128;
+constexpr int kTileRows = 256;
+constexpr int kStageK = 64;  // 128 bytes: one swizzle row
+constexpr int kStages = 4;
+constexpr int kWeightBytes = kTileRows * 128;
+constexpr int kTokenBytes = kTileTokens * 128;
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kRowsPerConsumer = kTileRows / kConsumers;
+constexpr int kThreads = 128 * (1 + kConsumers);
+
+// Tiles first: the swizzle needs 1024-byte alignment.
+struct alignas(1024) Shared {
+  uint8_t weights[kStages][kWeightBytes];
+  uint8_t tokens[kStages][kTokenBytes];
+  uint8_t out[kConsumers]
+             [kTileTokens * 128];  // [token][64 outputs] bf16, 16-byte chunks swizzled by token % 8
+  uint64_t full[kStages];          // 1 + 128 producer arrivals and the weights' bytes
+  uint64_t empty[kStages];         // every consumer warp has finished reading
+  int32_t prefix[kGroupedGemmExpertsMax + 1];
+};
+
+struct Params {
+  GroupedGemmArgs args;
+  int row_tiles;
+};
+
+struct Stage {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++index == kStages) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+__device__ __forceinline__ void Produce(const Params& params, const CUtensorMap* map, Shared& shared,
+                                        int thread) {
+  const GroupedGemmArgs& args = params.args;
+  const uint64_t policy = ptx::PolicyEvictNormal();
+  const int num_items = shared.prefix[args.num_experts] * params.row_tiles;
+  constexpr int kRowsPerThread =
+      kTileTokens / 16;  // thread: 16-byte chunk thread % 8 of rows thread / 8 + 16 i
+  const int chunk = thread % 8;
+  const uint32_t target = (thread / 8) * 128 + ((chunk ^ (thread / 8 % 8)) << 4);
+  Stage stage;
+  int signalled = -1;  // the stage whose copies are under way but not yet announced
+  for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const ExpertTile tile = FindExpertTile<kTileTokens>(args.expert_offsets, args.num_experts, shared.prefix,
+                                                        item / params.row_tiles);
+    const int row_tile = item % params.row_tiles;
+    int64_t source[kRowsPerThread];  // element offset of the row's chunk; -1: no such token
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const int token = thread / 8 + 16 * i;
+      source[i] = -1;
+      if (token < tile.num_tokens) {
+        const int slot = tile.first_slot + token;
+        source[i] = (args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot) * args.x_stride + chunk * 8;
+      }
+    }
+    for (int k0 = 0; k0 < args.k; k0 += kStageK) {
+      ptx::BarrierWait(ptx::SmemAddress(&shared.empty[stage.index]), stage.phase ^ 1);
+      if (thread == 0) {
+        const uint32_t full = ptx::SmemAddress(&shared.full[stage.index]);
+        ptx::BarrierArriveExpect(full, kWeightBytes);
+        ptx::TensorCopy5d(ptx::SmemAddress(shared.weights[stage.index]), map, k0, 0, 0,
+                          row_tile * (kTileRows / 16), tile.expert, full, policy);
+      }
+      const uint32_t tokens = ptx::SmemAddress(shared.tokens[stage.index]) + target;
+      const bool inside = k0 + chunk * 8 < args.k;  // beyond the end of k the weights are zero: so must x be
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        if (source[i] >= 0) {
+          ptx::CopyAsync16(tokens + i * 16 * 128, inside ? args.x + source[i] + k0 : args.x, inside);
+        }
+      }
+      ptx::CopyAsyncCommit();
+      if (signalled >= 0) {
+        ptx::CopyAsyncWait<1>();
+        ptx::FenceAsyncProxy();  // wgmma reads what these ordinary copies wrote
+        ptx::BarrierArrive(ptx::SmemAddress(&shared.full[signalled]));
+      }
+      signalled = stage.index;
+      stage.Advance();
+    }
+  }
+  if (signalled >= 0) {
+    ptx::CopyAsyncWait<0>();
+    ptx::FenceAsyncProxy();
+    ptx::BarrierArrive(ptx::SmemAddress(&shared.full[signalled]));
+  }
+}
+
+// 16-byte chunk `chunk` of token row `token` of a consumer's output tile.
+__device__ __forceinline__ uint32_t OutAddress(uint32_t base, int token, int chunk) {
+  return base + token * 128 + ((chunk ^ (token & 7)) << 4);
+}
+
+// Copies the staged [kColumns tokens][64 outputs] to global rows, from output `first` on; `count` of them
+// exist.
+template <int kColumns>
+__device__ __forceinline__ void WriteOut(const GroupedGemmArgs& args, const ExpertTile& tile, uint32_t staged,
+                                         int thread, int first, int count) {
+#pragma unroll 4
+  for (int i = thread; i < kColumns * 8; i += 128) {
+    const int token = i / 8;
+    const int chunk = i % 8;
+    if (token >= tile.num_tokens || chunk * 8 >= count) continue;
+    const int slot = tile.first_slot + token;
+    const int64_t out_row = args.out_rows != nullptr ? __ldg(args.out_rows + slot) : slot;
+    uint4 value;
+    const uint32_t address = OutAddress(staged, token, chunk);
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address));
+    *reinterpret_cast<uint4*>(args.out + out_row * args.out_stride + first + chunk * 8) = value;
+  }
+}
+
+__device__ __forceinline__ float SiluTimes(float gate, float up) {
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+
+// A tile of one consumer warpgroup: 128 weight rows by kColumns tokens.
+template <bool kGateUp, int kColumns>
+__device__ __forceinline__ void ConsumeTile(const Params& params, Shared& shared, const ExpertTile& tile,
+                                            int row_tile, int group, int thread, Stage& stage) {
+  const GroupedGemmArgs& args = params.args;
+  constexpr int kBlocks = kRowsPerConsumer / 64;
+  constexpr int kSums = kColumns / 2;
+  float sums[kBlocks][kSums] = {};  // zeroed here: left undefined, ptxas keeps all widths live at once
+  int previous = -1;
+  for (int k0 = 0; k0 < args.k; k0 += kStageK) {
+    ptx::BarrierWait(ptx::SmemAddress(&shared.full[stage.index]), stage.phase);
+    const uint64_t a = ptx::WgmmaDescriptor(
+        ptx::SmemAddress(shared.weights[stage.index]) + group * kRowsPerConsumer * 128, 16, 1024);
+    const uint64_t b = ptx::WgmmaDescriptor(ptx::SmemAddress(shared.tokens[stage.index]), 16, 1024);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) ptx::FenceOperands(sums[block]);
+    ptx::WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kStageK / 16; ++step) {
+#pragma unroll
+      for (int block = 0; block < kBlocks;
+           ++block) {  // +32 bytes per step, +64 rows per block, in 16-byte units
+        ptx::Wgmma<kColumns>::Bf16(sums[block], a + block * 512 + step * 2, b + step * 2, true);
+      }
+    }
+    ptx::WgmmaCommit();
+    if (previous >= 0) {
+      ptx::WgmmaWait<1>();
+      if (thread % 32 == 0) ptx::BarrierArrive(ptx::SmemAddress(&shared.empty[previous]));
+    }
+    previous = stage.index;
+    stage.Advance();
+  }
+  ptx::WgmmaWait<0>();
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) ptx::FenceOperands(sums[block]);
+  if (thread % 32 == 0) ptx::BarrierArrive(ptx::SmemAddress(&shared.empty[previous]));
+
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int barrier = 1 + group;
+  const uint32_t staged = ptx::SmemAddress(shared.out[group]);
+  const int row0 = row_tile * kTileRows + group * kRowsPerConsumer;
+  if constexpr (kGateUp) {
+    // 32 outputs per block of 64 rows: chunk (4 block + warp) holds this warp's 8.
+    ptx::NamedBarrierSync(barrier, 128);  // the previous tile has left `staged`
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; j += 4) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* d = sums[block] + (j + i) * 4;  // 8 gates, then their 8 ups
+          packed[i] = ptx::PackBf16(SiluTimes(d[0], d[2]), SiluTimes(d[1], d[3]));
+        }
+        ptx::StoreMatrix4Transposed(OutAddress(staged, j * 8 + lane, block * 4 + warp), packed[0], packed[1],
+                                    packed[2], packed[3]);
+      }
+    }
+    ptx::NamedBarrierSync(barrier, 128);  // `staged` is whole
+    WriteOut<kColumns>(args, tile, staged, thread, row0 / 2, (args.rows - row0) / 2);
+  } else {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      ptx::NamedBarrierSync(barrier, 128);  // the previous block or tile has left `staged`
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; j += 2) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float* d = sums[block] + (j + i) * 4;
+          float scale0 = 1.0f;
+          float scale1 = 1.0f;
+          if (args.slot_scale != nullptr) {
+            const int token = (j + i) * 8 + 2 * (lane & 3);
+            if (token < tile.num_tokens) scale0 = __ldg(args.slot_scale + tile.first_slot + token);
+            if (token + 1 < tile.num_tokens) scale1 = __ldg(args.slot_scale + tile.first_slot + token + 1);
+          }
+          packed[2 * i] = ptx::PackBf16(d[0] * scale0, d[1] * scale1);
+          packed[2 * i + 1] = ptx::PackBf16(d[2] * scale0, d[3] * scale1);
+        }
+        // Fragments: tokens j..j+7 rows 0-7, the same rows 8-15, tokens j+8.. rows 0-7, rows 8-15.
+        const int token = (j + lane / 16) * 8 + lane % 8;
+        ptx::StoreMatrix4Transposed(OutAddress(staged, token, warp * 2 + lane / 8 % 2), packed[0], packed[1],
+                                    packed[2], packed[3]);
+      }
+      ptx::NamedBarrierSync(barrier, 128);  // `staged` is whole
+      WriteOut<kColumns>(args, tile, staged, thread, row0 + block * 64, args.rows - row0 - block * 64);
+    }
+  }
+}
+
+template <bool kGateUp>
+__global__ void __launch_bounds__(kThreads, 1)
+    GroupedGemmPrefill(const Params params, const __grid_constant__ CUtensorMap map) {
+  extern __shared__ uint8_t raw[];
+  auto& shared = *reinterpret_cast<Shared*>(raw + ((1024 - (ptx::SmemAddress(raw) & 1023)) & 1023));
+  const GroupedGemmArgs& args = params.args;
+  if (threadIdx.x < 32) {
+    if (threadIdx.x == 0) {
+      ptx::TensorMapPrefetch(&map);
+      for (int i = 0; i < kStages; ++i) {
+        ptx::BarrierInit(ptx::SmemAddress(&shared.full[i]), 1 + 128);
+        ptx::BarrierInit(ptx::SmemAddress(&shared.empty[i]), 4 * kConsumers);
+      }
+      ptx::BarrierInitFence();
+    }
+    __syncwarp();
+    BuildExpertTiles<kTileTokens>(args.expert_offsets, args.num_experts, threadIdx.x, shared.prefix);
+  }
+  __syncthreads();  // barriers and tile list are ready
+
+  const int warpgroup = threadIdx.x / 128;
+  const int thread = threadIdx.x % 128;
+  if (warpgroup == 0) {
+    ptx::RegistersDecrease<56>();
+    Produce(params, &map, shared, thread);
+  } else {
+    ptx::RegistersIncrease<224>();
+    const int num_items = shared.prefix[args.num_experts] * params.row_tiles;
+    Stage stage;
+    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+      const ExpertTile tile = FindExpertTile<kTileTokens>(args.expert_offsets, args.num_experts,
+                                                          shared.prefix, item / params.row_tiles);
+      const int row_tile = item % params.row_tiles;
+      const int group = warpgroup - 1;
+      switch ((tile.num_tokens + 31) / 32) {
+        case 1:
+          ConsumeTile<kGateUp, 32>(params, shared, tile, row_tile, group, thread, stage);
+          break;
+        case 2:
+          ConsumeTile<kGateUp, 64>(params, shared, tile, row_tile, group, thread, stage);
+          break;
+        case 3:
+          ConsumeTile<kGateUp, 96>(params, shared, tile, row_tile, group, thread, stage);
+          break;
+        default:
+          ConsumeTile<kGateUp, 128>(params, shared, tile, row_tile, group, thread, stage);
+      }
+    }
+  }
+}
+
+template <bool kGateUp>
+cudaError_t Launch(const GroupedGemmArgs& args, int num_sms, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(Shared);  // the runtime aligns dynamic shared memory of this kernel to 1024
+  auto kernel = GroupedGemmPrefill<kGateUp>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  CUtensorMap map;
+  error = EncodeExpertWeights(args.weights, 2, args.num_experts, args.rows, args.k, kTileRows, kGateUp, &map);
+  if (error != cudaSuccess) return error;
+  const Params params = {args, (args.rows + kTileRows - 1) / kTileRows};
+  kernel<<<num_sms, kThreads, kBytes, stream>>>(params, map);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchGroupedGemmPrefill(const GroupedGemmArgs& args, cudaStream_t stream) {
+  if (args.num_experts > kGroupedGemmExpertsMax || args.rows % 16 != 0 || args.k % 16 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  int device = 0;
+  int num_sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  return args.matrix == ExpertMatrix::kGateUp ? Launch<true>(args, num_sms, stream)
+                                              : Launch<false>(args, num_sms, stream);
+}
+
+}  // namespace millrace::engine::cuda
