@@ -36,8 +36,11 @@ DeviceLayer PlanLayer(const ModelShape& shape, bool moe, Layout& layout) {
 
 const char* ModelShape::Unsupported() const {
   if (hidden % 16 != 0) return "hidden_size must be a multiple of 16";
-  if (head_dim % 16 != 0 || head_dim > 256) return "head_dim must be a multiple of 16, at most 256";
+  if (head_dim != 128 && head_dim != 96 && head_dim != 64 && head_dim != 32) {
+    return "head_dim must be 32, 64, 96 or 128";
+  }
   if (heads % kv_heads != 0) return "num_attention_heads must be a multiple of num_key_value_heads";
+  if (heads > 8 * kv_heads) return "more than 8 query heads per key-value head";
   if (dense_layers > 0 && dense_width % 16 != 0) return "intermediate_size must be a multiple of 16";
   if (expert_width % 16 != 0) return "moe_intermediate_size must be a multiple of 16";
   if (vocab % 8 != 0) return "vocab_size must be a multiple of 8";

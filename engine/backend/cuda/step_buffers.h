@@ -6,7 +6,9 @@
 namespace millrace::engine::cuda {
 
 struct StepRunner::Buffers {
-  int32_t* inputs = nullptr;            // a StepInputs block
+  int32_t* inputs[2] = {};       // by PassKind: a PassInputs block
+  int32_t* page_tables[2] = {};  // [R, table_stride]
+  std::byte* attention_workspace = nullptr;
   float* residual = nullptr;            // [R, hidden]
   __nv_bfloat16* normed = nullptr;      // [R, hidden]
   __nv_bfloat16* qkv = nullptr;         // [R, qkv_width]

@@ -9,94 +9,115 @@ int32_t PagesOf(const Segment& segment) {
   return PagesFor(segment.position + static_cast<int64_t>(segment.tokens.size()));
 }
 
-RowInputs PlaceRows(int32_t*& at, int32_t rows, int32_t logits) {
-  RowInputs placed;
-  const auto take = [&at](int32_t count) {
-    int32_t* const begin = at;
-    at += (count + 3) / 4 * 4;  // 16-byte boundaries
-    return begin;
-  };
-  placed.valid_rows = take(1);
-  placed.tokens = take(rows);
-  placed.positions = take(rows);
-  placed.kv_slots = take(rows);
-  placed.num_keys = take(rows);
-  placed.page_begin = take(rows);
-  placed.logit_rows = take(logits);
-  return placed;
+bool Covers(PassKind kind, const Segment& segment) {
+  return kind == PassKind::kMain || !segment.next_tokens.empty();
 }
 
-// Writes one segment's rows from `row` on; returns the row after them.
-int32_t FillSegment(const Segment& segment, std::span<const int32_t> tokens, int32_t page_begin,
-                    const RowInputs& rows, int32_t row) {
+// Writes the rows of one segment from `row` on.
+void FillRows(const Segment& segment, PassKind kind, const PassInputs& inputs, int32_t row) {
+  const auto tokens = kind == PassKind::kMain ? segment.tokens : segment.next_tokens;
   for (size_t i = 0; i < tokens.size(); ++i, ++row) {
     const int32_t position = segment.position + static_cast<int32_t>(i);
-    rows.tokens[row] = tokens[i];
-    rows.positions[row] = position;
-    rows.kv_slots[row] =
+    inputs.tokens[row] = tokens[i];
+    inputs.positions[row] = position;
+    inputs.kv_slots[row] =
         segment.pages[static_cast<size_t>(position / kPageTokens)] * kPageTokens + position % kPageTokens;
-    rows.num_keys[row] = position + 1;
-    rows.page_begin[row] = page_begin;
   }
-  return row;
-}
-
-void Pad(const RowInputs& rows, int32_t row, int32_t padded_rows, int32_t logit, int32_t padded_logits) {
-  *rows.valid_rows = row;
-  for (; row < padded_rows; ++row) {
-    rows.tokens[row] = 0;
-    rows.positions[row] = 0;
-    rows.kv_slots[row] = -1;
-    rows.num_keys[row] = 0;
-    rows.page_begin[row] = 0;
-  }
-  for (; logit < padded_logits; ++logit) rows.logit_rows[logit] = 0;
 }
 
 }  // namespace
 
-StepInputs StepInputs::Place(int32_t* base, int32_t rows, int32_t logits, int32_t mtp_rows,
-                             int32_t mtp_logits) {
-  StepInputs inputs;
-  inputs.main = PlaceRows(base, rows, logits);
-  inputs.mtp = PlaceRows(base, mtp_rows, mtp_logits);
-  inputs.mtp_source = base;
-  inputs.pages = base + (mtp_rows + 3) / 4 * 4;
-  return inputs;
+namespace {
+
+// Hands each array and its length to `place`, in order.
+template <typename Place>
+void EachArray(const PassCounts& counts, PassInputs& inputs, const Place& place) {
+  place(inputs.valid_rows, 1);
+  place(inputs.tokens, counts.rows);
+  place(inputs.positions, counts.rows);
+  place(inputs.kv_slots, counts.rows);
+  place(inputs.logit_rows, counts.logits);
+  place(inputs.lengths, counts.sequences());
+  place(inputs.row_begin, counts.longer + 1);
+  place(inputs.source, counts.rows);
+  place(inputs.end, 0);
 }
 
-StepCounts CountBatch(const Batch& batch) {
-  StepCounts counts;
+int32_t Aligned(int32_t count) { return (count + 3) / 4 * 4; }  // 16-byte boundaries
+
+}  // namespace
+
+PassInputs PlaceInputs(int32_t* base, const PassCounts& counts) {
+  PassInputs placed;
+  EachArray(counts, placed, [&base](int32_t*& array, int32_t count) {
+    array = base;
+    base += Aligned(count);
+  });
+  return placed;
+}
+
+size_t InputsSize(const PassCounts& counts) {
+  size_t size = 0;
+  PassInputs unused;
+  EachArray(counts, unused,
+            [&size](int32_t*&, int32_t count) { size += static_cast<size_t>(Aligned(count)); });
+  return size;
+}
+
+PassCounts CountPass(const Batch& batch, PassKind kind) {
+  PassCounts counts;
   for (const Segment& segment : batch.segments) {
-    const auto tokens = static_cast<int32_t>(segment.tokens.size());
-    counts.rows += tokens;
+    if (!Covers(kind, segment)) continue;
+    counts.rows += static_cast<int32_t>(segment.tokens.size());
     counts.logits += segment.num_logits;
-    counts.pages += PagesOf(segment);
-    if (segment.next_tokens.empty()) continue;
-    counts.mtp_rows += tokens;
-    counts.mtp_logits += segment.num_logits;
+    ++(segment.tokens.size() == 1 ? counts.singles : counts.longer);
   }
   return counts;
 }
 
-void FillInputs(const Batch& batch, const StepCounts& padded, const StepInputs& inputs) {
-  int32_t row = 0, logit = 0, mtp_row = 0, mtp_logit = 0, page = 0;
+int32_t PagesMax(const Batch& batch) {
+  int32_t pages = 0;
+  for (const Segment& segment : batch.segments) pages = std::max(pages, PagesOf(segment));
+  return pages;
+}
+
+void FillPass(const Batch& batch, PassKind kind, const PassCounts& padded, const PassInputs& inputs,
+              int32_t* page_table, int64_t table_stride) {
+  const PassCounts counts = CountPass(batch, kind);
+  int32_t single = 0;            // next row and sequence of a single-token segment
+  int32_t longer = 0;            // next longer segment
+  int32_t row = counts.singles;  // next row of a longer segment
+  int32_t main_single = 0;       // the same two in the main pass
+  int32_t main_row = CountPass(batch, PassKind::kMain).singles;
+  int32_t logit = 0;
   for (const Segment& segment : batch.segments) {
-    const int32_t num_pages = PagesOf(segment);
-    std::copy_n(segment.pages.begin(), num_pages, inputs.pages + page);
-    const int32_t begin = row;
-    row = FillSegment(segment, segment.tokens, page, inputs.main, row);
-    for (int32_t i = row - segment.num_logits; i < row; ++i) inputs.main.logit_rows[logit++] = i;
-    if (!segment.next_tokens.empty()) {
-      for (int32_t i = begin; i < row; ++i) inputs.mtp_source[mtp_row + i - begin] = i;
-      mtp_row = FillSegment(segment, segment.next_tokens, page, inputs.mtp, mtp_row);
-      for (int32_t i = mtp_row - segment.num_logits; i < mtp_row; ++i) inputs.mtp.logit_rows[mtp_logit++] = i;
+    const auto tokens = static_cast<int32_t>(segment.tokens.size());
+    int32_t& main_next = tokens == 1 ? main_single : main_row;
+    const int32_t main_begin = main_next;
+    main_next += tokens;
+    if (!Covers(kind, segment)) continue;
+    const int32_t begin = tokens == 1 ? single : row;
+    const int32_t sequence = tokens == 1 ? single : padded.singles + longer;
+    if (tokens == 1) {
+      ++single;
+    } else {
+      inputs.row_begin[longer++] = row - counts.singles;
+      row += tokens;
     }
-    page += num_pages;
+    FillRows(segment, kind, inputs, begin);
+    for (int32_t i = 0; i < tokens; ++i) inputs.source[begin + i] = main_begin + i;
+    for (int32_t i = tokens - segment.num_logits; i < tokens; ++i) inputs.logit_rows[logit++] = begin + i;
+    inputs.lengths[sequence] = segment.position + tokens;
+    std::copy_n(segment.pages.begin(), PagesOf(segment), page_table + sequence * table_stride);
   }
-  Pad(inputs.main, row, padded.rows, logit, padded.logits);
-  Pad(inputs.mtp, mtp_row, padded.mtp_rows, mtp_logit, padded.mtp_logits);
-  for (int32_t r = mtp_row; r < padded.mtp_rows; ++r) inputs.mtp_source[r] = 0;
+  *inputs.valid_rows = counts.rows;
+  inputs.row_begin[longer] = row - counts.singles;
+  std::fill(inputs.lengths + counts.singles, inputs.lengths + padded.singles, 0);
+  std::fill(inputs.logit_rows + logit, inputs.logit_rows + padded.logits, 0);
+  for (int32_t r = counts.rows; r < padded.rows; ++r) {
+    inputs.tokens[r] = inputs.positions[r] = inputs.source[r] = 0;
+    inputs.kv_slots[r] = -1;
+  }
 }
 
 }  // namespace millrace::engine::cuda

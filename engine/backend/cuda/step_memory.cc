@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "engine/backend/cuda/kernels/decode_attention.h"
 #include "engine/backend/cuda/step_buffers.h"
 
 namespace millrace::engine::cuda {
@@ -48,7 +49,11 @@ size_t StepRunner::PlaceBuffers(std::byte* base) {
   const size_t slots = rows * static_cast<size_t>(shape_.slots_per_token());
   const size_t dense_width = shape_.dense_layers > 0 ? static_cast<size_t>(shape_.dense_width) : 0;
   Buffers& b = *buffers_;
-  b.inputs = layout.Place<int32_t>(InputsMax());
+  for (int pass = 0; pass < (options_.with_mtp ? 2 : 1); ++pass) {
+    b.inputs[pass] = layout.Place<int32_t>(InputsMax());
+    b.page_tables[pass] = layout.Place<int32_t>(rows * static_cast<size_t>(table_stride()));
+  }
+  b.attention_workspace = layout.Place<std::byte>(AttentionWorkspaceBytes());
   b.residual = layout.Place<float>(rows * hidden);
   b.normed = layout.Place<__nv_bfloat16>(rows * hidden);
   b.qkv = layout.Place<__nv_bfloat16>(rows * static_cast<size_t>(shape_.qkv_width()));
@@ -74,13 +79,29 @@ size_t StepRunner::PlaceBuffers(std::byte* base) {
   return layout.bytes();
 }
 
-// Integers of the largest input block: the row arrays of both passes, then every row with a full page table.
+size_t StepRunner::PlaceHost(std::byte* base) {
+  Layout layout(base);
+  const size_t logits = static_cast<size_t>(options_.logit_rows_max) * static_cast<size_t>(shape_.vocab);
+  host_logits_ = layout.Place<float>(logits);
+  if (options_.with_mtp) host_mtp_logits_ = layout.Place<float>(logits);
+  for (int pass = 0; pass < (options_.with_mtp ? 2 : 1); ++pass) {
+    host_inputs_[pass] = layout.Place<int32_t>(InputsMax());
+    host_tables_[pass] = layout.Place<int32_t>(static_cast<size_t>(padded_rows_max_) * table_stride());
+  }
+  return layout.bytes();
+}
+
+// Integers of the largest input block: every row a sequence of its own.
 size_t StepRunner::InputsMax() const {
-  const StepInputs end =
-      StepInputs::Place(nullptr, padded_rows_max_, padded_logits_max_,
-                        options_.with_mtp ? padded_rows_max_ : 0, options_.with_mtp ? padded_logits_max_ : 0);
-  return static_cast<size_t>(end.pages - static_cast<int32_t*>(nullptr)) +
-         static_cast<size_t>(options_.rows_max) * static_cast<size_t>(PagesFor(shape_.max_position));
+  PassCounts counts;
+  counts.rows = counts.singles = counts.longer = padded_rows_max_;
+  counts.logits = padded_logits_max_;
+  return InputsSize(counts);
+}
+
+size_t StepRunner::AttentionWorkspaceBytes() const {
+  return DecodeAttentionWorkspaceBytes(std::min(padded_rows_max_, kDecodeAttentionSeqsMax), shape_.heads,
+                                       shape_.kv_heads, shape_.head_dim);
 }
 
 Result StepRunner::Allocate() {
@@ -102,16 +123,11 @@ Result StepRunner::Allocate() {
   MR_CUDA(cudaMemset(kv_.data(), 0, kv_bytes));
   MR_CUDA_TRY(DeviceMemory::Allocate(scratch_bytes, "steps", &scratch_));
   PlaceBuffers(scratch_.data());
+  MR_CUDA(cudaMemset(buffers_->attention_workspace, 0, AttentionWorkspaceBytes()));
   if (options_.mirror) MR_CUDA_TRY(PinnedMemory::Allocate(kv_bytes, "the mirror of the KV pages", &mirror_));
 
-  const size_t logits = static_cast<size_t>(options_.logit_rows_max) * static_cast<size_t>(shape_.vocab);
-  const size_t inputs_bytes = (InputsMax() * sizeof(int32_t) + 255) / 256 * 256;
-  MR_CUDA_TRY(PinnedMemory::Allocate(inputs_bytes + (options_.with_mtp ? 2 : 1) * logits * sizeof(float),
-                                     "inputs and logits", &host_));
-  host_inputs_ = reinterpret_cast<int32_t*>(host_.data());
-  host_logits_ = reinterpret_cast<float*>(host_.data() + inputs_bytes);
-  host_mtp_logits_ = host_logits_ + (options_.with_mtp ? logits : 0);
-
+  MR_CUDA_TRY(PinnedMemory::Allocate(PlaceHost(nullptr), "inputs and logits", &host_));
+  PlaceHost(host_.data());
   MR_CUDA(cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
   MR_CUDA(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
   for (int32_t l = 0; l < options_.kv.num_layers; ++l) {
@@ -126,18 +142,14 @@ Result StepRunner::Allocate() {
 Result StepRunner::CaptureGraphs() {
   for (const int32_t rows : kBuckets) {
     if (rows > padded_rows_max_ || rows > padded_logits_max_) break;
-    StepCounts padded;
-    padded.rows = rows;
-    padded.logits = rows;
-    FillInputs(Batch(), padded, StepInputs::Place(host_inputs_, rows, rows, 0, 0));
-    const StepInputs inputs = StepInputs::Place(buffers_->inputs, rows, rows, 0, 0);
-    MR_CUDA(cudaMemcpyAsync(buffers_->inputs, host_inputs_,
-                            static_cast<size_t>(inputs.pages - buffers_->inputs) * sizeof(int32_t),
-                            cudaMemcpyHostToDevice, compute_));
-    MR_CUDA_TRY(Enqueue(nullptr, inputs, padded));
+    PassCounts padded;
+    padded.rows = padded.logits = padded.singles = rows;
+    Pass pass;
+    MR_CUDA_TRY(UploadPass(Batch(), PassKind::kMain, padded, &pass));
+    MR_CUDA_TRY(EnqueueMain(pass));
     MR_CUDA(cudaStreamSynchronize(compute_));
     MR_CUDA(cudaStreamBeginCapture(compute_, cudaStreamCaptureModeThreadLocal));
-    const Result enqueued = Enqueue(nullptr, inputs, padded);
+    const Result enqueued = EnqueueMain(pass);
     cudaGraph_t graph = nullptr;
     const cudaError_t ended = cudaStreamEndCapture(compute_, &graph);
     MR_CUDA_TRY(enqueued);

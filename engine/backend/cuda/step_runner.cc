@@ -1,57 +1,85 @@
 // One step on the device: inputs in, layers, logits out. step_memory.cc owns what a step computes in.
 #include "engine/backend/cuda/step_runner.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "engine/backend/cuda/kernels/combine.h"
+#include "engine/backend/cuda/kernels/decode_attention.h"
+#include "engine/backend/cuda/kernels/grouped_gemm.h"
 #include "engine/backend/cuda/kernels/norm.h"
+#include "engine/backend/cuda/kernels/prefill_attention.h"
 #include "engine/backend/cuda/kernels/qk_rope.h"
-#include "engine/backend/cuda/kernels/reference.h"
 #include "engine/backend/cuda/kernels/router.h"
 #include "engine/backend/cuda/step_buffers.h"
 
 namespace millrace::engine::cuda {
+namespace {
+
+constexpr int32_t kDecodeSlotsPerExpert = 16;
+
+}  // namespace
 
 Result StepRunner::Run(const Batch& batch, const LayerDone& layer_done, StepOutput* output) {
-  const StepCounts counts = CountBatch(batch);
+  const PassCounts counts = CountPass(batch, PassKind::kMain);
+  const PassCounts mtp_counts = CountPass(batch, PassKind::kMtp);
   if (counts.rows > options_.rows_max || counts.logits > options_.logit_rows_max ||
-      (counts.mtp_rows > 0 && !options_.with_mtp)) {
+      (mtp_counts.rows > 0 && !options_.with_mtp)) {
     return Result("a step of " + std::to_string(counts.rows) + " tokens and " +
                   std::to_string(counts.logits) + " rows of logits is larger than planned");
   }
-  StepCounts padded = counts;
-  padded.rows = PadRows(counts.rows);
-  padded.logits = PadRows(counts.logits);
-  padded.mtp_rows = PadRows(counts.mtp_rows);
-  padded.mtp_logits = PadRows(counts.mtp_logits);
-  const bool decode = IsDecode(batch, counts);
-  if (decode) padded.logits = padded.rows;
-  const StepInputs host =
-      StepInputs::Place(host_inputs_, padded.rows, padded.logits, padded.mtp_rows, padded.mtp_logits);
-  FillInputs(batch, padded, host);
-  const size_t input_bytes = static_cast<size_t>(host.pages + counts.pages - host_inputs_) * sizeof(int32_t);
-  MR_CUDA(cudaMemcpyAsync(buffers_->inputs, host_inputs_, input_bytes, cudaMemcpyHostToDevice, compute_));
   bool exports = false;
   for (const Segment& segment : batch.segments) exports |= segment.exported;
+  const bool decode = IsDecode(batch, counts);
+  PassCounts padded = counts;
+  padded.rows = PadRows(counts.rows);
+  padded.logits = decode ? padded.rows : PadRows(counts.logits);
+  if (decode) padded.singles = padded.rows;
+  Pass pass;
+  pass.exporting = exports ? &batch : nullptr;
+  MR_CUDA_TRY(UploadPass(batch, PassKind::kMain, padded, &pass));
   if (decode) {
     MR_CUDA(cudaGraphLaunch(graphs_.at(padded.rows), compute_));
   } else {
-    const StepInputs inputs =
-        StepInputs::Place(buffers_->inputs, padded.rows, padded.logits, padded.mtp_rows, padded.mtp_logits);
-    MR_CUDA_TRY(Enqueue(exports ? &batch : nullptr, inputs, padded));
+    MR_CUDA_TRY(EnqueueMain(pass));
+  }
+  if (mtp_counts.rows > 0) {
+    PassCounts mtp_padded = mtp_counts;
+    mtp_padded.rows = PadRows(mtp_counts.rows);
+    mtp_padded.logits = PadRows(mtp_counts.logits);
+    MR_CUDA_TRY(UploadPass(batch, PassKind::kMtp, mtp_padded, &pass));
+    MR_CUDA_TRY(EnqueueMtp(pass));
   }
   const auto vocab = static_cast<size_t>(shape_.vocab);
-  const size_t logits = static_cast<size_t>(counts.logits) * vocab;
-  const size_t mtp_logits = static_cast<size_t>(counts.mtp_logits) * vocab;
-  MR_CUDA(cudaMemcpyAsync(host_logits_, buffers_->logits, logits * sizeof(float), cudaMemcpyDeviceToHost,
+  output->logits = {host_logits_, static_cast<size_t>(counts.logits) * vocab};
+  output->mtp_logits = {host_mtp_logits_, static_cast<size_t>(mtp_counts.logits) * vocab};
+  MR_CUDA(cudaMemcpyAsync(host_logits_, buffers_->logits, output->logits.size_bytes(), cudaMemcpyDeviceToHost,
                           compute_));
-  if (mtp_logits > 0) {
-    MR_CUDA(cudaMemcpyAsync(host_mtp_logits_, buffers_->mtp_logits, mtp_logits * sizeof(float),
+  if (!output->mtp_logits.empty()) {
+    MR_CUDA(cudaMemcpyAsync(host_mtp_logits_, buffers_->mtp_logits, output->mtp_logits.size_bytes(),
                             cudaMemcpyDeviceToHost, compute_));
   }
-  MR_CUDA_TRY(TellLayers(exports, shape_.num_layers + (counts.mtp_rows > 0 ? 1 : 0), layer_done));
-  output->logits = {host_logits_, logits};
-  output->mtp_logits = {host_mtp_logits_, mtp_logits};
+  return TellLayers(exports, shape_.num_layers + (mtp_counts.rows > 0 ? 1 : 0), layer_done);
+}
+
+// Fills the host's block and copies it; of the page tables, the columns in use.
+Result StepRunner::UploadPass(const Batch& batch, PassKind kind, const PassCounts& padded, Pass* pass) {
+  const int at = kind == PassKind::kMain ? 0 : 1;
+  const PassInputs host = PlaceInputs(host_inputs_[at], padded);
+  FillPass(batch, kind, padded, host, host_tables_[at], table_stride());
+  MR_CUDA(cudaMemcpyAsync(buffers_->inputs[at], host_inputs_[at],
+                          static_cast<size_t>(host.end - host_inputs_[at]) * sizeof(int32_t),
+                          cudaMemcpyHostToDevice, compute_));
+  const size_t pitch = static_cast<size_t>(table_stride()) * sizeof(int32_t);
+  const auto pages = static_cast<size_t>(PagesMax(batch));
+  if (pages > 0) {
+    MR_CUDA(cudaMemcpy2DAsync(buffers_->page_tables[at], pitch, host_tables_[at], pitch,
+                              pages * sizeof(int32_t), static_cast<size_t>(padded.sequences()),
+                              cudaMemcpyHostToDevice, compute_));
+  }
+  pass->inputs = PlaceInputs(buffers_->inputs[at], padded);
+  pass->counts = padded;
+  pass->page_table = buffers_->page_tables[at];
   return Result();
 }
 
@@ -66,66 +94,61 @@ Result StepRunner::TellLayers(bool exports, int32_t layers, const LayerDone& lay
   return Result();
 }
 
-bool StepRunner::IsDecode(const Batch& batch, const StepCounts& counts) const {
-  if (counts.rows == 0 || counts.rows > graph_rows_max_ || counts.mtp_rows > 0) return false;
+// What a graph can do: one token and its logits for each of not too many sequences.
+bool StepRunner::IsDecode(const Batch& batch, const PassCounts& counts) const {
+  if (counts.rows == 0 || counts.rows > graph_rows_max_ || counts.longer > 0) return false;
   for (const Segment& segment : batch.segments) {
-    if (segment.tokens.size() != 1 || segment.num_logits != 1 || segment.exported) return false;
+    if (segment.num_logits != 1 || segment.exported) return false;
   }
   return true;
 }
 
-// `exporting` is the batch if one of its segments is exported, else null.
-Result StepRunner::Enqueue(const Batch* exporting, const StepInputs& inputs, const StepCounts& padded) {
-  const Pass pass = {&inputs.main, inputs.pages, padded.rows, padded.logits};
-  MR_CUDA(LaunchEmbed({inputs.main.tokens, model_.embedding, buffers_->residual, padded.rows, shape_.hidden},
-                      compute_));
-  MR_CUDA_TRY(Norm(nullptr, model_.layers.front().input_norm, padded.rows));
+Result StepRunner::EnqueueMain(const Pass& pass) {
+  MR_CUDA(LaunchEmbed(
+      {pass.inputs.tokens, model_.embedding, buffers_->residual, pass.counts.rows, shape_.hidden}, compute_));
+  MR_CUDA_TRY(Norm(nullptr, model_.layers.front().input_norm, pass.counts.rows));
   for (int32_t l = 0; l < shape_.num_layers; ++l) {
     const bool last = l + 1 == shape_.num_layers;
-    MR_CUDA_TRY(EnqueueLayer(exporting, l, pass,
-                             last ? nullptr : model_.layers[static_cast<size_t>(l) + 1].input_norm));
+    MR_CUDA_TRY(EnqueueLayer(l, pass, last ? nullptr : model_.layers[static_cast<size_t>(l) + 1].input_norm));
   }
-  MR_CUDA_TRY(EnqueueHead(model_.final_norm, pass, buffers_->logits));
-  if (padded.mtp_rows > 0) MR_CUDA_TRY(EnqueueMtp(exporting, inputs, padded));
-  return Result();
+  return EnqueueHead(model_.final_norm, pass, buffers_->logits);
 }
 
-Result StepRunner::EnqueueMtp(const Batch* exporting, const StepInputs& inputs, const StepCounts& padded) {
-  const Pass pass = {&inputs.mtp, inputs.pages, padded.mtp_rows, padded.mtp_logits};
+Result StepRunner::EnqueueMtp(const Pass& pass) {
   MtpInputArgs args;
   args.residual = buffers_->residual;
-  args.index = inputs.mtp_source;
-  args.next_tokens = inputs.mtp.tokens;
+  args.index = pass.inputs.source;
+  args.next_tokens = pass.inputs.tokens;
   args.table = model_.embedding;
   args.final_norm = model_.final_norm;
   args.hidden_norm = model_.mtp_hidden_norm;
   args.embedding_norm = model_.mtp_embedding_norm;
   args.out = buffers_->mtp_input;
-  args.rows = pass.rows;
+  args.rows = pass.counts.rows;
   args.hidden = shape_.hidden;
   args.eps = shape_.eps;
   MR_CUDA(LaunchMtpInput(args, compute_));
-  MR_CUDA_TRY(Multiply(model_.mtp_projection, buffers_->mtp_input, buffers_->residual, true, false, pass.rows,
-                       shape_.hidden, 2 * shape_.hidden));
-  MR_CUDA_TRY(Norm(nullptr, model_.layers.back().input_norm, pass.rows));
-  MR_CUDA_TRY(EnqueueLayer(exporting, shape_.num_layers, pass, nullptr));
+  MR_CUDA_TRY(Multiply(model_.mtp_projection, buffers_->mtp_input, buffers_->residual, true, false,
+                       pass.counts.rows, shape_.hidden, 2 * shape_.hidden));
+  MR_CUDA_TRY(Norm(nullptr, model_.layers.back().input_norm, pass.counts.rows));
+  MR_CUDA_TRY(EnqueueLayer(shape_.num_layers, pass, nullptr));
   return EnqueueHead(model_.mtp_final_norm, pass, buffers_->mtp_logits);
 }
 
 // From the normed residual to the residual; norms for the layer that follows, if `next_norm` is its weight.
-Result StepRunner::EnqueueLayer(const Batch* exporting, int32_t index, const Pass& pass,
-                                const float* next_norm) {
+Result StepRunner::EnqueueLayer(int32_t index, const Pass& pass, const float* next_norm) {
   const DeviceLayer& layer = model_.layers[static_cast<size_t>(index)];
-  MR_CUDA_TRY(EnqueueAttention(layer, index, exporting, pass));
-  MR_CUDA_TRY(Multiply(layer.attention_out, buffers_->attended, buffers_->residual, true, true, pass.rows,
-                       shape_.hidden, shape_.q_width()));
-  MR_CUDA_TRY(Norm(layer.attention_out_bias, layer.post_norm, pass.rows));
-  return layer.moe ? EnqueueExperts(layer, pass, next_norm) : EnqueueDense(layer, pass, next_norm);
+  MR_CUDA_TRY(EnqueueAttention(layer, index, pass));
+  MR_CUDA_TRY(Multiply(layer.attention_out, buffers_->attended, buffers_->residual, true, true,
+                       pass.counts.rows, shape_.hidden, shape_.q_width()));
+  MR_CUDA_TRY(Norm(layer.attention_out_bias, layer.post_norm, pass.counts.rows));
+  if (!layer.moe) return EnqueueDense(layer, pass, next_norm);
+  MR_CUDA_TRY(EnqueueRouting(layer, pass));
+  return EnqueueExperts(layer, pass, next_norm);
 }
 
-Result StepRunner::EnqueueAttention(const DeviceLayer& layer, int32_t index, const Batch* exporting,
-                                    const Pass& pass) {
-  MR_CUDA_TRY(Multiply(layer.qkv, buffers_->normed, buffers_->qkv, false, false, pass.rows,
+Result StepRunner::EnqueueAttention(const DeviceLayer& layer, int32_t index, const Pass& pass) {
+  MR_CUDA_TRY(Multiply(layer.qkv, buffers_->normed, buffers_->qkv, false, false, pass.counts.rows,
                        shape_.qkv_width(), shape_.hidden));
   auto* const kv_layer = reinterpret_cast<__nv_bfloat16*>(kv_.data() + options_.kv.piece_offset(index, 0));
   QkRopeArgs rope;
@@ -134,58 +157,92 @@ Result StepRunner::EnqueueAttention(const DeviceLayer& layer, int32_t index, con
   rope.query_norm = layer.query_norm;
   rope.key_norm = layer.key_norm;
   rope.rope = model_.rope;
-  rope.positions = pass.inputs->positions;
-  rope.kv_slots = pass.inputs->kv_slots;
+  rope.positions = pass.inputs.positions;
+  rope.kv_slots = pass.inputs.kv_slots;
   rope.query = buffers_->query;
   rope.kv_layer = kv_layer;
-  rope.rows = pass.rows;
+  rope.rows = pass.counts.rows;
   rope.heads = shape_.heads;
   rope.kv_heads = shape_.kv_heads;
   rope.head_dim = shape_.head_dim;
   rope.pairs = shape_.rotary_pairs;
   rope.eps = shape_.eps;
   MR_CUDA(LaunchQkRope(rope, compute_));
-  if (exporting != nullptr) MR_CUDA_TRY(EnqueueExport(*exporting, index));
-  AttentionReferenceArgs attention;
-  attention.query = buffers_->query;
-  attention.kv_layer = kv_layer;
-  attention.num_keys = pass.inputs->num_keys;
-  attention.page_begin = pass.inputs->page_begin;
-  attention.pages = pass.pages;
-  attention.out = buffers_->attended;
-  attention.rows = pass.rows;
-  attention.heads = shape_.heads;
-  attention.kv_heads = shape_.kv_heads;
-  attention.head_dim = shape_.head_dim;
-  attention.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
-  MR_CUDA(LaunchAttentionReference(attention, compute_));
+  if (pass.exporting != nullptr) MR_CUDA_TRY(EnqueueExport(*pass.exporting, index));
+  if (pass.counts.singles > 0) MR_CUDA_TRY(EnqueueSingles(pass, kv_layer));
+  if (pass.counts.longer > 0) MR_CUDA_TRY(EnqueueLonger(pass, kv_layer));
+  return Result();
+}
+
+Result StepRunner::EnqueueSingles(const Pass& pass, const __nv_bfloat16* kv_layer) {
+  DecodeAttentionArgs args;
+  args.num_q_heads = shape_.heads;
+  args.num_kv_heads = shape_.kv_heads;
+  args.head_dim = shape_.head_dim;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
+  args.q_stride = shape_.q_width();
+  args.kv = kv_layer;
+  args.page_table_stride = table_stride();
+  args.out_stride = shape_.q_width();
+  args.workspace = buffers_->attention_workspace;
+  for (int32_t first = 0; first < pass.counts.singles; first += kDecodeAttentionSeqsMax) {
+    args.num_seqs = std::min(pass.counts.singles - first, kDecodeAttentionSeqsMax);
+    args.q = buffers_->query + first * args.q_stride;
+    args.page_table = pass.page_table + first * args.page_table_stride;
+    args.lengths = pass.inputs.lengths + first;
+    args.out = buffers_->attended + first * args.out_stride;
+    MR_CUDA(LaunchDecodeAttention(args, compute_));
+  }
+  return Result();
+}
+
+Result StepRunner::EnqueueLonger(const Pass& pass, const __nv_bfloat16* kv_layer) {
+  const int64_t first_row = pass.counts.singles;
+  PrefillAttentionArgs args;
+  args.num_segments = pass.counts.longer;
+  args.num_tokens = pass.counts.rows - pass.counts.singles;
+  args.num_q_heads = shape_.heads;
+  args.num_kv_heads = shape_.kv_heads;
+  args.head_dim = shape_.head_dim;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
+  args.q = buffers_->query + first_row * shape_.q_width();
+  args.q_stride = shape_.q_width();
+  args.q_begin = pass.inputs.row_begin;
+  args.kv_lengths = pass.inputs.lengths + first_row;
+  args.kv = kv_layer;
+  args.num_pages = options_.kv.num_pages;
+  args.page_table = pass.page_table + first_row * table_stride();
+  args.page_table_stride = table_stride();
+  args.out = buffers_->attended + first_row * shape_.q_width();
+  args.out_stride = shape_.q_width();
+  MR_CUDA(LaunchPrefillAttention(args, compute_));
   return Result();
 }
 
 Result StepRunner::EnqueueDense(const DeviceLayer& layer, const Pass& pass, const float* next_norm) {
   const int32_t width = shape_.dense_width;
-  MR_CUDA_TRY(Multiply(layer.gate_up, buffers_->normed, buffers_->gate_up, false, false, pass.rows, 2 * width,
-                       shape_.hidden));
-  MR_CUDA(LaunchSwiglu({buffers_->gate_up, buffers_->activation, pass.rows, width}, compute_));
-  MR_CUDA_TRY(Multiply(layer.down, buffers_->activation, buffers_->residual, true, true, pass.rows,
+  MR_CUDA_TRY(Multiply(layer.gate_up, buffers_->normed, buffers_->gate_up, false, false, pass.counts.rows,
+                       2 * width, shape_.hidden));
+  MR_CUDA(LaunchSwiglu({buffers_->gate_up, buffers_->activation, pass.counts.rows, width}, compute_));
+  MR_CUDA_TRY(Multiply(layer.down, buffers_->activation, buffers_->residual, true, true, pass.counts.rows,
                        shape_.hidden, width));
-  return next_norm == nullptr ? Result() : Norm(nullptr, next_norm, pass.rows);
+  return next_norm == nullptr ? Result() : Norm(nullptr, next_norm, pass.counts.rows);
 }
 
-Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, const float* next_norm) {
-  MR_CUDA_TRY(Multiply(layer.router, buffers_->normed, buffers_->router_logits, true, false, pass.rows,
+Result StepRunner::EnqueueRouting(const DeviceLayer& layer, const Pass& pass) {
+  MR_CUDA_TRY(Multiply(layer.router, buffers_->normed, buffers_->router_logits, true, false, pass.counts.rows,
                        shape_.num_experts, shape_.hidden));
   if (layer.router_low != nullptr) {
-    MR_CUDA_TRY(Multiply(layer.router_low, buffers_->normed, buffers_->router_logits, true, true, pass.rows,
-                         shape_.num_experts, shape_.hidden));
+    MR_CUDA_TRY(Multiply(layer.router_low, buffers_->normed, buffers_->router_logits, true, true,
+                         pass.counts.rows, shape_.num_experts, shape_.hidden));
   }
   SelectExpertsArgs select;
   select.logits = buffers_->router_logits;
   select.bias = layer.expert_bias;
-  select.valid_rows = pass.inputs->valid_rows;
+  select.valid_rows = pass.inputs.valid_rows;
   select.experts = buffers_->experts;
   select.weights = buffers_->expert_weights;
-  select.rows = pass.rows;
+  select.rows = pass.counts.rows;
   select.num_experts = shape_.num_experts;
   select.top_k = shape_.top_k;
   select.num_shared = shape_.num_shared;
@@ -198,23 +255,29 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
   SortSlotsArgs sort;
   sort.experts = buffers_->experts;
   sort.weights = buffers_->expert_weights;
-  sort.valid_rows = pass.inputs->valid_rows;
+  sort.valid_rows = pass.inputs.valid_rows;
   sort.offsets = buffers_->expert_offsets;
   sort.slots = buffers_->slots;
   sort.tokens = buffers_->slot_tokens;
   sort.slot_weights = buffers_->slot_weights;
-  sort.rows = pass.rows;
+  sort.rows = pass.counts.rows;
   sort.num_experts = shape_.num_experts;
   sort.top_k = shape_.top_k;
   sort.num_shared = shape_.num_shared;
   MR_CUDA(LaunchSortSlots(sort, compute_));
+  return Result();
+}
 
+Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, const float* next_norm) {
+  // The crossover of grouped_gemm.h: slots per routed expert.
+  const bool few = pass.counts.rows * shape_.top_k <= kDecodeSlotsPerExpert * shape_.num_experts;
+  const auto launch = few ? LaunchGroupedGemmDecode : LaunchGroupedGemmPrefill;
   GroupedGemmArgs up;
   up.matrix = ExpertMatrix::kGateUp;
   up.num_experts = shape_.experts_all();
   up.rows = 2 * shape_.expert_width;
   up.k = shape_.hidden;
-  up.num_slots_max = pass.rows * shape_.slots_per_token();
+  up.num_slots_max = pass.counts.rows * shape_.slots_per_token();
   up.weights = layer.gate_up;
   up.expert_offsets = buffers_->expert_offsets;
   up.x = buffers_->normed;
@@ -222,7 +285,7 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
   up.x_rows = buffers_->slot_tokens;
   up.out = buffers_->activation;
   up.out_stride = shape_.expert_width;
-  MR_CUDA(LaunchGroupedGemmReference(up, compute_));
+  MR_CUDA(launch(up, compute_));
   GroupedGemmArgs down = up;
   down.matrix = ExpertMatrix::kDown;
   down.rows = shape_.hidden;
@@ -235,15 +298,15 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
   down.out_stride = shape_.hidden;
   down.out_rows = buffers_->slots;
   down.slot_scale = buffers_->slot_weights;
-  MR_CUDA(LaunchGroupedGemmReference(down, compute_));
+  MR_CUDA(launch(down, compute_));
 
   CombineArgs combine;
   combine.expert_out = buffers_->expert_out;
-  combine.valid_rows = pass.inputs->valid_rows;
+  combine.valid_rows = pass.inputs.valid_rows;
   combine.residual = buffers_->residual;
   combine.norm_weight = next_norm;
   combine.normed = buffers_->normed;
-  combine.rows = pass.rows;
+  combine.rows = pass.counts.rows;
   combine.slots_per_token = shape_.slots_per_token();
   combine.hidden = shape_.hidden;
   combine.eps = shape_.eps;
@@ -252,17 +315,17 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
 }
 
 Result StepRunner::EnqueueHead(const float* norm, const Pass& pass, float* logits) {
-  if (pass.logits == 0) return Result();
+  if (pass.counts.logits == 0) return Result();
   RmsNormArgs args;
   args.residual = buffers_->residual;
   args.weight = norm;
-  args.index = pass.inputs->logit_rows;
+  args.index = pass.inputs.logit_rows;
   args.out = buffers_->head_input;
-  args.rows = pass.logits;
+  args.rows = pass.counts.logits;
   args.hidden = shape_.hidden;
   args.eps = shape_.eps;
   MR_CUDA(LaunchRmsNorm(args, compute_));
-  return Multiply(model_.head, buffers_->head_input, logits, true, false, pass.logits, shape_.vocab,
+  return Multiply(model_.head, buffers_->head_input, logits, true, false, pass.counts.logits, shape_.vocab,
                   shape_.hidden);
 }
 

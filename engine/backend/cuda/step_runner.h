@@ -50,6 +50,8 @@ class StepRunner {
   Result FromHost(std::span<const PageId> pages);
   std::span<std::byte> mirror() const { return {mirror_.data(), mirror_.bytes()}; }
 
+  std::span<std::byte> kv_pool() const { return {kv_.data(), kv_.bytes()}; }  // device memory
+
   // The device work of a decode step over `rows` sequences, without inputs or outputs crossing: what
   // benchmarks time. Whatever the last Run left as inputs is used.
   Result ReplayDecode(int32_t rows, cudaStream_t* stream);
@@ -57,33 +59,40 @@ class StepRunner {
 
  private:
   struct Buffers;
-  // The rows and logits that a pass computes, padding included.
+  // One run through layers: what it reads, on the device, and how much it computes, padding included.
   struct Pass {
-    const RowInputs* inputs = nullptr;
-    const int32_t* pages = nullptr;
-    int32_t rows = 0;
-    int32_t logits = 0;
+    PassInputs inputs;
+    PassCounts counts;
+    const int32_t* page_table = nullptr;
+    const Batch* exporting = nullptr;  // the batch, if one of its segments is exported
   };
   StepRunner(const DeviceModel& model, const StepRunnerOptions& options);
 
   Result Allocate();
   size_t PlaceBuffers(std::byte* base);
-  size_t InputsMax() const;
+  size_t PlaceHost(std::byte* base);
+  size_t AttentionWorkspaceBytes() const;
   Result CaptureGraphs();
-  Result Enqueue(const Batch* exporting, const StepInputs& inputs, const StepCounts& padded);
-  Result EnqueueLayer(const Batch* exporting, int32_t index, const Pass& pass, const float* next_norm);
-  Result EnqueueAttention(const DeviceLayer& layer, int32_t index, const Batch* exporting, const Pass& pass);
+  Result UploadPass(const Batch& batch, PassKind kind, const PassCounts& padded, Pass* pass);
+  Result EnqueueMain(const Pass& pass);
+  Result EnqueueMtp(const Pass& pass);
+  Result EnqueueLayer(int32_t index, const Pass& pass, const float* next_norm);
+  Result EnqueueAttention(const DeviceLayer& layer, int32_t index, const Pass& pass);
+  Result EnqueueSingles(const Pass& pass, const __nv_bfloat16* kv_layer);
+  Result EnqueueLonger(const Pass& pass, const __nv_bfloat16* kv_layer);
   Result EnqueueDense(const DeviceLayer& layer, const Pass& pass, const float* next_norm);
+  Result EnqueueRouting(const DeviceLayer& layer, const Pass& pass);
   Result EnqueueExperts(const DeviceLayer& layer, const Pass& pass, const float* next_norm);
   Result EnqueueHead(const float* norm, const Pass& pass, float* logits);
-  Result EnqueueMtp(const Batch* exporting, const StepInputs& inputs, const StepCounts& padded);
   Result EnqueueExport(const Batch& batch, int32_t layer);
   Result Norm(const float* bias, const float* weight, int32_t rows);
   Result Multiply(const __nv_bfloat16* weights, const __nv_bfloat16* x, void* out, bool out_float,
                   bool accumulate, int32_t rows, int32_t n, int32_t k);
   Result TellLayers(bool exports, int32_t layers, const LayerDone& layer_done);
   Result CopyPages(std::span<const PageId> pages, cudaMemcpyKind direction);
-  bool IsDecode(const Batch& batch, const StepCounts& counts) const;
+  bool IsDecode(const Batch& batch, const PassCounts& counts) const;
+  size_t InputsMax() const;
+  int64_t table_stride() const { return PagesFor(shape_.max_position); }
 
   const DeviceModel& model_;
   const ModelShape& shape_;
@@ -104,8 +113,9 @@ class StepRunner {
   PinnedMemory mirror_;               // of kv_
   PinnedMemory host_;                 // inputs and logits
   std::unique_ptr<Buffers> buffers_;  // into scratch_
-  int32_t* host_inputs_ = nullptr;
-  float* host_logits_ = nullptr;  // [padded logits, vocab]
+  int32_t* host_inputs_[2] = {};      // by PassKind: a PassInputs block
+  int32_t* host_tables_[2] = {};      // [rows, table_stride]
+  float* host_logits_ = nullptr;      // [padded logits, vocab]
   float* host_mtp_logits_ = nullptr;
 };
 

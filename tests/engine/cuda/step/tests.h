@@ -1,0 +1,9 @@
+#pragma once
+// Each runs its checks and counts them in support.h.
+
+namespace millrace::test {
+
+void TestStepKernels();
+void TestStepRunner();
+
+}  // namespace millrace::test
