@@ -41,6 +41,7 @@ const char* ModelShape::Unsupported() const {
   }
   if (heads % kv_heads != 0) return "num_attention_heads must be a multiple of num_key_value_heads";
   if (heads > 8 * kv_heads) return "more than 8 query heads per key-value head";
+  if (rotary_pairs % 4 != 0) return "the rotary dimensions must be a multiple of 8";
   if (dense_layers > 0 && dense_width % 16 != 0) return "intermediate_size must be a multiple of 16";
   if (expert_width % 16 != 0) return "moe_intermediate_size must be a multiple of 16";
   if (vocab % 8 != 0) return "vocab_size must be a multiple of 8";

@@ -245,7 +245,6 @@ Result StepRunner::EnqueueRouting(const DeviceLayer& layer, const Pass& pass) {
   select.rows = pass.counts.rows;
   select.num_experts = shape_.num_experts;
   select.top_k = shape_.top_k;
-  select.num_shared = shape_.num_shared;
   select.num_groups = shape_.num_groups;
   select.groups_per_token = shape_.groups_per_token;
   select.sigmoid = shape_.sigmoid_router;

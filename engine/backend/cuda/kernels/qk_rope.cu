@@ -4,80 +4,107 @@
 namespace millrace::engine::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kWarps = 8;
 constexpr int kPageTokens = 64;
+constexpr int kPerLane = 4;  // consecutive dimensions of a lane; head_dim <= 128
 
-// Block per row. Dynamic shared memory: the row in fp32. A warp owns a head from the norm on.
-__global__ void __launch_bounds__(kThreads) QkRope(QkRopeArgs args) {
-  extern __shared__ float row[];
-  const int width = (args.heads + 2 * args.kv_heads) * args.head_dim;
-  const auto* const in = reinterpret_cast<const Bf16x8*>(args.qkv + static_cast<int64_t>(blockIdx.x) * width);
-  for (int i = threadIdx.x; i < width / 8; i += kThreads) {
-    float wide[8];
-    Widen(in[i], wide);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      row[8 * i + j] = wide[j] + (args.bias == nullptr ? 0.0f : args.bias[8 * i + j]);
+struct alignas(8) Bf16x4 {
+  __nv_bfloat162 pair[2];
+};
+
+__device__ void Add(float (&x)[kPerLane], const float* values) {
+  const float4 v = *reinterpret_cast<const float4*>(values);
+  x[0] += v.x;
+  x[1] += v.y;
+  x[2] += v.z;
+  x[3] += v.w;
+}
+
+__device__ void Scale(float (&x)[kPerLane], const float* weight, float scale) {
+  const float4 w = *reinterpret_cast<const float4*>(weight);
+  x[0] *= scale * w.x;
+  x[1] *= scale * w.y;
+  x[2] *= scale * w.z;
+  x[3] *= scale * w.w;
+}
+
+// Lanes [0, pairs / 4) hold the first dimension of each rotated pair, the next as many lanes the second; the
+// other lanes only take part in the exchange.
+__device__ void Rotate(float (&x)[kPerLane], const float* cosine, int pairs, int lane) {
+  const int half = pairs / kPerLane;
+  const bool first = lane < half;
+  const bool rotated = lane < 2 * half;
+  const int partner = first ? lane + half : rotated ? lane - half : lane;
+  const int at = (first || !rotated ? lane : lane - half) * kPerLane;
+  float4 c = make_float4(1, 1, 1, 1);
+  float4 s = make_float4(0, 0, 0, 0);
+  if (rotated) {
+    c = *reinterpret_cast<const float4*>(cosine + at);
+    s = *reinterpret_cast<const float4*>(cosine + pairs + at);
   }
-  __syncthreads();  // heads are read by other threads than those that loaded them
+  const float sign = first ? -1.0f : 1.0f;
+  const float cosines[kPerLane] = {c.x, c.y, c.z, c.w};
+  const float sines[kPerLane] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float other = __shfl_sync(kFullWarp, x[i], partner);
+    x[i] = x[i] * cosines[i] + sign * other * sines[i];
+  }
+}
+
+// Warp per (row, head).
+__global__ void __launch_bounds__(32 * kWarps) QkRope(QkRopeArgs args) {
+  const int heads_all = args.heads + 2 * args.kv_heads;
+  const int64_t task = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (task >= int64_t{args.rows} * heads_all) return;
+  const int row = static_cast<int>(task / heads_all);
+  const int head = static_cast<int>(task - int64_t{row} * heads_all);
   const int lane = threadIdx.x % 32;
-  const int position = args.positions[blockIdx.x];
-  const int slot = args.kv_slots[blockIdx.x];
-  const float* const cosine = args.rope + static_cast<int64_t>(position) * 2 * args.pairs;
-  const float* const sine = cosine + args.pairs;
-  const int64_t head_elements = int64_t{kPageTokens} * args.head_dim;
-  bf16* const page = args.kv_layer +
-                     static_cast<int64_t>(slot / kPageTokens) * 2 * args.kv_heads * head_elements +
-                     static_cast<int64_t>(slot % kPageTokens) * args.head_dim;
-  for (int head = threadIdx.x / 32; head < args.heads + 2 * args.kv_heads; head += kThreads / 32) {
-    float* const x = row + head * args.head_dim;
-    const bool is_query = head < args.heads;
-    const bool is_value = head >= args.heads + args.kv_heads;
-    bf16* out = nullptr;
-    if (is_query) {
-      out = args.query + (static_cast<int64_t>(blockIdx.x) * args.heads + head) * args.head_dim;
-    } else if (slot >= 0) {
-      out = page + (head - args.heads) * head_elements;  // V heads follow the K heads here as in the page
-    }
-    if (!is_value) {
-      const float* const weight = is_query ? args.query_norm : args.key_norm;
-      if (weight != nullptr) {
-        float sum = 0;
-        for (int d = lane; d < args.head_dim; d += 32) sum += x[d] * x[d];
-        const float scale = rsqrtf(WarpSum(sum) / static_cast<float>(args.head_dim) + args.eps);
-        for (int d = lane; d < args.head_dim; d += 32) x[d] *= scale * weight[d];
-        __syncwarp();  // rotation reads dimensions that other lanes wrote
-      }
-      for (int i = lane; i < args.pairs; i += 32) {
-        const float a = x[i];
-        const float b = x[i + args.pairs];
-        x[i] = a * cosine[i] - b * sine[i];
-        x[i + args.pairs] = b * cosine[i] + a * sine[i];
-      }
-      __syncwarp();  // the store below reads what other lanes rotated
-    }
-    if (out == nullptr) continue;
-    for (int i = lane; i < args.head_dim / 8; i += 32) {
-      float wide[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) wide[j] = x[8 * i + j];
-      reinterpret_cast<Bf16x8*>(out)[i] = Narrow(wide);
-    }
+  const int d = lane * kPerLane;
+  const bool inside = d < args.head_dim;
+  const bool is_query = head < args.heads;
+  const int slot = args.kv_slots[row];
+  if (!is_query && slot < 0) return;
+  float x[kPerLane] = {};
+  if (inside) {
+    const Bf16x4 in = *reinterpret_cast<const Bf16x4*>(args.qkv + task * args.head_dim + d);
+    const float2 low = __bfloat1622float2(in.pair[0]);
+    const float2 high = __bfloat1622float2(in.pair[1]);
+    x[0] = low.x;
+    x[1] = low.y;
+    x[2] = high.x;
+    x[3] = high.y;
+    if (args.bias != nullptr) Add(x, args.bias + head * args.head_dim + d);
   }
+  if (head < args.heads + args.kv_heads) {
+    const float* const weight = is_query ? args.query_norm : args.key_norm;
+    if (weight != nullptr) {
+      const float sum = WarpSum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]);
+      const float scale = rsqrtf(sum / static_cast<float>(args.head_dim) + args.eps);
+      if (inside) Scale(x, weight + d, scale);
+    }
+    Rotate(x, args.rope + static_cast<int64_t>(args.positions[row]) * 2 * args.pairs, args.pairs, lane);
+  }
+  if (!inside) return;
+  const Bf16x4 out = {{__floats2bfloat162_rn(x[0], x[1]), __floats2bfloat162_rn(x[2], x[3])}};
+  bf16* to = nullptr;
+  if (is_query) {
+    to = args.query + (static_cast<int64_t>(row) * args.heads + head) * args.head_dim;
+  } else {  // V heads follow the K heads here as in the page
+    const int64_t piece = static_cast<int64_t>(slot / kPageTokens) * 2 * args.kv_heads + head - args.heads;
+    to = args.kv_layer + (piece * kPageTokens + slot % kPageTokens) * args.head_dim;
+  }
+  *reinterpret_cast<Bf16x4*>(to + d) = out;
 }
 
 }  // namespace
 
 cudaError_t LaunchQkRope(const QkRopeArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
-  if (args.head_dim % 8 != 0) return cudaErrorInvalidValue;
-  const size_t shared = static_cast<size_t>(args.heads + 2 * args.kv_heads) * args.head_dim * sizeof(float);
-  if (shared > 48 << 10) {
-    const cudaError_t raised =
-        cudaFuncSetAttribute(QkRope, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (raised != cudaSuccess) return raised;
-  }
-  QkRope<<<args.rows, kThreads, shared, stream>>>(args);
+  if (args.head_dim % 8 != 0 || args.head_dim > 32 * kPerLane || args.pairs % kPerLane != 0)
+    return cudaErrorInvalidValue;
+  const int64_t tasks = int64_t{args.rows} * (args.heads + 2 * args.kv_heads);
+  QkRope<<<static_cast<unsigned>((tasks + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -22,8 +22,8 @@ struct QkRopeArgs {
   int32_t rows = 0;
   int32_t heads = 0;
   int32_t kv_heads = 0;
-  int32_t head_dim = 0;  // a multiple of 8
-  int32_t pairs = 0;     // rotary_dim / 2
+  int32_t head_dim = 0;  // a multiple of 8, at most 128
+  int32_t pairs = 0;     // rotary_dim / 2, a multiple of 4
   float eps = 0;
 };
 cudaError_t LaunchQkRope(const QkRopeArgs& args, cudaStream_t stream);

@@ -19,13 +19,12 @@ struct SelectExpertsArgs {
   const float* logits = nullptr;        // [rows, num_experts]
   const float* bias = nullptr;          // [num_experts], or null
   const int32_t* valid_rows = nullptr;  // device scalar: rows from here on are padding and choose nothing
-  int32_t* experts = nullptr;           // [rows, slots_per_token], written; -1 in padding rows
-  float* weights = nullptr;             // [rows, slots_per_token], written; 0 in padding rows
+  int32_t* experts = nullptr;           // [rows, top_k], written; -1 in padding rows
+  float* weights = nullptr;             // [rows, top_k], written; 0 in padding rows
   int32_t rows = 0;
   int32_t num_experts = 0;  // at most kExpertsMax
   int32_t top_k = 0;        // at most kTopKMax
-  int32_t num_shared = 0;
-  int32_t num_groups = 0;  // 0: no group limit; at most kGroupsMax
+  int32_t num_groups = 0;   // 0: no group limit; at most kGroupsMax
   int32_t groups_per_token = 0;
   bool sigmoid = false;
   bool norm_topk_prob = true;
@@ -35,7 +34,7 @@ cudaError_t LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stre
 
 // Slots sorted by expert, in token order within an expert: the same list on every run.
 struct SortSlotsArgs {
-  const int32_t* experts = nullptr;     // [rows, slots_per_token] as SelectExperts wrote them
+  const int32_t* experts = nullptr;     // [rows, top_k] as SelectExperts wrote them
   const float* weights = nullptr;       // likewise
   const int32_t* valid_rows = nullptr;  // device scalar
   int32_t* offsets = nullptr;  // [num_experts + num_shared + 1], written: where each expert's slots begin

@@ -117,7 +117,6 @@ void BenchRouting(Report& report, int rows) {
   select.rows = rows;
   select.num_experts = kExperts;
   select.top_k = kTopK;
-  select.num_shared = 1;
   select.num_groups = 8;
   select.groups_per_token = 4;
   select.sigmoid = true;

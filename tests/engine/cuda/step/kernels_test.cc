@@ -306,8 +306,8 @@ void TestRouting(const RouterCase& c, int rows, int valid) {
   const std::vector<float> bias = NormalFloats(c.experts, 0, 0.2f, 13);
   const int slots = c.top_k + c.shared;
   const int all = c.experts + c.shared;
-  Device<float> device_logits(logits), device_bias(bias), weights(static_cast<size_t>(rows) * slots);
-  Device<int32_t> valid_rows(std::vector<int32_t>{valid}), experts(static_cast<size_t>(rows) * slots);
+  Device<float> device_logits(logits), device_bias(bias), weights(static_cast<size_t>(rows) * c.top_k);
+  Device<int32_t> valid_rows(std::vector<int32_t>{valid}), experts(static_cast<size_t>(rows) * c.top_k);
   SelectExpertsArgs select;
   select.logits = device_logits.get();
   select.bias = c.bias ? device_bias.get() : nullptr;
@@ -317,7 +317,6 @@ void TestRouting(const RouterCase& c, int rows, int valid) {
   select.rows = rows;
   select.num_experts = c.experts;
   select.top_k = c.top_k;
-  select.num_shared = c.shared;
   select.num_groups = c.groups;
   select.groups_per_token = c.kept;
   select.sigmoid = c.sigmoid;
@@ -326,9 +325,10 @@ void TestRouting(const RouterCase& c, int rows, int valid) {
   const std::vector<int32_t> got = experts.Get();
   const std::vector<float> got_weights = weights.Get();
   int close_calls = 0;
+  const int k = c.top_k;
   for (int r = 0; r < rows; ++r) {
     if (r >= valid) {
-      for (int j = 0; j < slots; ++j) EXPECT(got[r * slots + j] == -1, "padding row %d chose", r);
+      for (int j = 0; j < k; ++j) EXPECT(got[r * k + j] == -1, "padding row %d chose", r);
       continue;
     }
     std::vector<int> ids;
@@ -338,13 +338,9 @@ void TestRouting(const RouterCase& c, int rows, int valid) {
                    &want, &margin);
     const bool clear = margin > 1e-6;  // fp32 scores decide like fp64 ones when nothing is closer
     close_calls += !clear;
-    for (int j = 0; clear && j < c.top_k; ++j) {
-      EXPECT(got[r * slots + j] == ids[j], "row %d choice %d: %d, not %d", r, j, got[r * slots + j], ids[j]);
-      EXPECT(std::fabs(got_weights[r * slots + j] - want[j]) < 1e-5, "row %d weight %d", r, j);
-    }
-    for (int j = c.top_k; j < slots; ++j) {
-      EXPECT(got[r * slots + j] == c.experts + j - c.top_k && got_weights[r * slots + j] == 1,
-             "shared, row %d", r);
+    for (int j = 0; clear && j < k; ++j) {
+      EXPECT(got[r * k + j] == ids[j], "row %d choice %d: %d, not %d", r, j, got[r * k + j], ids[j]);
+      EXPECT(std::fabs(got_weights[r * k + j] - want[j]) < 1e-5, "row %d weight %d", r, j);
     }
   }
   EXPECT(close_calls * 20 <= rows + 19, "%d of %d rows are too close to call", close_calls, rows);
@@ -367,7 +363,8 @@ void TestRouting(const RouterCase& c, int rows, int valid) {
   CUDA_OK(LaunchSortSlots(sort, nullptr));
   std::vector<std::vector<int>> want(all);
   for (int r = 0; r < valid; ++r) {
-    for (int j = 0; j < slots; ++j) want[got[r * slots + j]].push_back(r * slots + j);
+    for (int j = 0; j < k; ++j) want[got[r * k + j]].push_back(r * slots + j);
+    for (int j = k; j < slots; ++j) want[c.experts + j - k].push_back(r * slots + j);
   }
   const std::vector<int32_t> got_offsets = offsets.Get(), got_slots = sorted.Get(), got_tokens = tokens.Get();
   const std::vector<float> got_slot_weights = sorted_weights.Get();
@@ -375,8 +372,9 @@ void TestRouting(const RouterCase& c, int rows, int valid) {
   for (int e = 0; e < all; ++e) {
     EXPECT(got_offsets[e] == at, "offset of expert %d: %d, not %d", e, got_offsets[e], at);
     for (const int slot : want[e]) {
-      EXPECT(got_slots[at] == slot && got_tokens[at] == slot / slots &&
-                 got_slot_weights[at] == got_weights[slot],
+      const int token = slot / slots, choice = slot % slots;
+      const float weight = choice < k ? got_weights[token * k + choice] : 1;
+      EXPECT(got_slots[at] == slot && got_tokens[at] == token && got_slot_weights[at] == weight,
              "expert %d place %d: slot %d, not %d", e, at, got_slots[at], slot);
       ++at;
     }
