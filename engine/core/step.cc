@@ -5,10 +5,32 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/random.h"
 #include "engine/core/engine_core.h"
 #include "engine/sampling/sampler.h"
 
 namespace millrace::engine {
+namespace {
+
+// What a backend needs to draw this sequence's next token; none when only Sample can.
+std::optional<DrawParams> BackendDraw(const Sequence& sequence, int32_t num_vocabulary_tokens) {
+  const SamplingParams& params = sequence.request.sampling;
+  const bool masks = sequence.num_output() < params.min_tokens && !sequence.end_tokens.empty();
+  if (masks || params.num_logprobs >= 0 || !params.logit_bias.empty() || params.repetition_penalty != 1 ||
+      params.presence_penalty != 0 || params.frequency_penalty != 0) {
+    return std::nullopt;
+  }
+  DrawParams draw;
+  draw.uniform = UniformAt(params.seed, static_cast<uint64_t>(sequence.num_output()));
+  draw.temperature = params.temperature;
+  draw.top_p = params.top_p;
+  draw.min_p = params.min_p;
+  draw.top_k = params.top_k;
+  draw.num_tokens = num_vocabulary_tokens;
+  return draw;
+}
+
+}  // namespace
 
 bool EngineCore::Prepare() {
   batch_.segments.clear();
@@ -61,6 +83,7 @@ void EngineCore::BuildBatch() {
     segment.position = sequence->num_computed;
     segment.pages = sequence->pages;
     segment.num_logits = run.num_tokens == sequence->num_pending() ? 1 : 0;
+    if (segment.num_logits == 1) segment.draw = BackendDraw(*sequence, options_.num_vocabulary_tokens);
     segment.exported = sequence->prefill_sink != nullptr && !sequence->ticket_released;
     runs_.push_back(sequence);
     last_batch_tokens_ += run.num_tokens;
@@ -87,13 +110,20 @@ Status EngineCore::RunBatch() {
     if (!sequence->is_decoding()) prompt_tokens_ += static_cast<uint64_t>(num_tokens);
     sequence->num_computed += num_tokens;
     if (segment.num_logits == 0) continue;
+    ++output_tokens_;
+    const size_t at = row++;
+    if (at < output.drawn.size() && output.drawn[at] >= 0) {
+      SampledToken sampled;
+      sampled.token = output.drawn[at];
+      AppendToken(sequence, std::move(sampled), /*send=*/true);
+      continue;
+    }
     SampleInput input;
-    input.logits = output.logits.subspan(row++ * vocab_size, vocab_size);
+    input.logits = output.logits.subspan(at * vocab_size, vocab_size);
     input.prompt = sequence->prompt();
     input.output = sequence->output();
     input.end_tokens = sequence->end_tokens;
     input.num_tokens_in_vocabulary = options_.num_vocabulary_tokens;
-    ++output_tokens_;
     AppendToken(sequence, Sample(input, sequence->request.sampling), /*send=*/true);
   }
   return OkStatus();

@@ -5,6 +5,7 @@
 // as backend.h says, or the answer is wrong.
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -159,9 +160,14 @@ class FakeBackend final : public Backend {
       MR_CHECK(segment.num_logits <= 1);
       if (segment.num_logits == 1) FakeLogits(FakeOutputState(layout_, device_, segment), &logits_);
     }
-    return StepOutput{logits_, {}};
+    StepOutput output;
+    output.logits = logits_;
+    if (draws_.load()) DrawGreedy(batch, &output);
+    return output;
   }
 
+  // Test thread. Greedy tokens are drawn here from now on, and their logits spoilt.
+  void DrawGreedyTokens() { draws_.store(true); }
   // Test thread. From now on a Forward stops at its start until let through.
   void Close() {
     std::lock_guard lock(mutex_);
@@ -201,6 +207,20 @@ class FakeBackend final : public Backend {
     changed_.notify_all();
   }
 
+  void DrawGreedy(const Batch& batch, StepOutput* output) {
+    drawn_.clear();
+    for (const Segment& segment : batch.segments) {
+      if (segment.num_logits == 0) continue;
+      const auto row = std::span(logits_).subspan(drawn_.size() * kFakeVocabSize, kFakeVocabSize);
+      drawn_.push_back(-1);
+      if (!segment.draw.has_value() || segment.draw->temperature > 0) continue;
+      const auto drawable = row.first(static_cast<size_t>(segment.draw->num_tokens));
+      drawn_.back() =
+          static_cast<int32_t>(std::max_element(drawable.begin(), drawable.end()) - drawable.begin());
+      std::fill(row.begin(), row.end(), 0.0f);
+    }
+    output->drawn = drawn_;
+  }
   Status CopyFailure() const {
     std::lock_guard lock(mutex_);
     return copy_failure_;
@@ -235,6 +255,8 @@ class FakeBackend final : public Backend {
   std::vector<std::byte> device_;
   std::vector<std::byte> memory_;  // its mirror
   std::vector<float> logits_;
+  std::vector<int32_t> drawn_;
+  std::atomic<bool> draws_{false};
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

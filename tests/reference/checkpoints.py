@@ -78,6 +78,8 @@ def base_config(variant):
         if variant == "v1-wide-head":  # a head dimension that is no power of two, and the other names of two keys
             config.update(hidden_size=144, num_attention_heads=3, num_key_value_heads=1)
             config["n_routed_experts"], config["n_shared_experts"] = config.pop("num_experts"), config.pop("num_shared_experts")
+        if variant == "v1-head-96":  # Ling-plus's head dimension
+            config.update(hidden_size=192, num_attention_heads=2, num_key_value_heads=1)
         return config
     config.update(num_shared_experts=1, head_dim=32, first_k_dense_replace=1, n_group=4, topk_group=2,
                   score_function="sigmoid", moe_router_enable_expert_bias=True, routed_scaling_factor=2.5,

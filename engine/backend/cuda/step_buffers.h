@@ -1,6 +1,7 @@
 #pragma once
 // What a step computes in: device arrays, R = padded rows, S = R * slots per token, L = padded logit rows.
 
+#include "engine/backend/cuda/kernels/sampling.h"
 #include "engine/backend/cuda/step_runner.h"
 
 namespace millrace::engine::cuda {
@@ -25,6 +26,8 @@ struct StepRunner::Buffers {
   int32_t* slot_tokens = nullptr;       // [S]
   float* slot_weights = nullptr;        // [S]
   __nv_bfloat16* head_input = nullptr;  // [L, hidden]
+  DrawRow* draws = nullptr;             // [L]
+  int32_t* drawn = nullptr;             // [L]
   float* logits = nullptr;              // [L, vocab]
   __nv_bfloat16* mtp_input = nullptr;   // [R, 2 * hidden]
   float* mtp_logits = nullptr;          // [L, vocab]

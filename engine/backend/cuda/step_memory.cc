@@ -71,6 +71,8 @@ size_t StepRunner::PlaceBuffers(std::byte* base) {
   b.slot_tokens = layout.Place<int32_t>(slots);
   b.slot_weights = layout.Place<float>(slots);
   b.head_input = layout.Place<__nv_bfloat16>(logits * hidden);
+  b.draws = layout.Place<DrawRow>(logits);
+  b.drawn = layout.Place<int32_t>(logits);
   b.logits = layout.Place<float>(logits * vocab);
   if (options_.with_mtp) {
     b.mtp_input = layout.Place<__nv_bfloat16>(rows * 2 * hidden);
@@ -83,6 +85,8 @@ size_t StepRunner::PlaceHost(std::byte* base) {
   Layout layout(base);
   const size_t logits = static_cast<size_t>(options_.logit_rows_max) * static_cast<size_t>(shape_.vocab);
   host_logits_ = layout.Place<float>(logits);
+  host_draws_ = layout.Place<DrawRow>(static_cast<size_t>(options_.logit_rows_max));
+  host_drawn_ = layout.Place<int32_t>(static_cast<size_t>(options_.logit_rows_max));
   if (options_.with_mtp) host_mtp_logits_ = layout.Place<float>(logits);
   for (int pass = 0; pass < (options_.with_mtp ? 2 : 1); ++pass) {
     host_inputs_[pass] = layout.Place<int32_t>(InputsMax());

@@ -53,13 +53,73 @@ Result StepRunner::Run(const Batch& batch, const LayerDone& layer_done, StepOutp
   const auto vocab = static_cast<size_t>(shape_.vocab);
   output->logits = {host_logits_, static_cast<size_t>(counts.logits) * vocab};
   output->mtp_logits = {host_mtp_logits_, static_cast<size_t>(mtp_counts.logits) * vocab};
-  MR_CUDA(cudaMemcpyAsync(host_logits_, buffers_->logits, output->logits.size_bytes(), cudaMemcpyDeviceToHost,
-                          compute_));
+  MR_CUDA_TRY(EnqueueOutputs(batch, counts.logits, output));
   if (!output->mtp_logits.empty()) {
     MR_CUDA(cudaMemcpyAsync(host_mtp_logits_, buffers_->mtp_logits, output->mtp_logits.size_bytes(),
                             cudaMemcpyDeviceToHost, compute_));
   }
-  return TellLayers(exports, shape_.num_layers + (mtp_counts.rows > 0 ? 1 : 0), layer_done);
+  MR_CUDA_TRY(TellLayers(exports, shape_.num_layers + (mtp_counts.rows > 0 ? 1 : 0), layer_done));
+  return FetchUndrawn(batch, output);
+}
+
+// Draws what segments ask for. Logits go to the host at once only if some row is nobody's to draw here: they
+// are large (2.5 MB for four rows of Ling-mini), and a whole batch of them costs as much as a third of its
+// step.
+Result StepRunner::EnqueueOutputs(const Batch& batch, int32_t rows, StepOutput* output) {
+  bool any = false;
+  bool all = true;
+  int32_t row = 0;
+  for (const Segment& segment : batch.segments) {
+    for (int32_t i = 0; i < segment.num_logits; ++i) {
+      DrawRow& draw = host_draws_[row++] = DrawRow();
+      if (!segment.draw.has_value() || segment.num_logits != 1) {
+        all = false;
+        continue;
+      }
+      any = true;
+      draw.uniform = segment.draw->uniform;
+      draw.inverse_temperature = segment.draw->temperature > 0 ? 1.0 / double{segment.draw->temperature} : 0;
+      draw.top_p = segment.draw->top_p;
+      draw.min_p = segment.draw->min_p;
+      draw.top_k = segment.draw->top_k;
+      draw.num_tokens = segment.draw->num_tokens;
+    }
+  }
+  if (any) {
+    const auto count = static_cast<size_t>(rows);
+    MR_CUDA(cudaMemcpyAsync(buffers_->draws, host_draws_, count * sizeof(DrawRow), cudaMemcpyHostToDevice,
+                            compute_));
+    MR_CUDA(LaunchDraw({buffers_->logits, shape_.vocab, buffers_->draws, buffers_->drawn, rows}, compute_));
+    MR_CUDA(cudaMemcpyAsync(host_drawn_, buffers_->drawn, count * sizeof(int32_t), cudaMemcpyDeviceToHost,
+                            compute_));
+    output->drawn = {host_drawn_, count};
+  }
+  if (!all) {
+    MR_CUDA(cudaMemcpyAsync(host_logits_, buffers_->logits, output->logits.size_bytes(),
+                            cudaMemcpyDeviceToHost, compute_));
+  }
+  return Result();
+}
+
+// After the step: logits of rows that the kernel was asked to draw and could not.
+Result StepRunner::FetchUndrawn(const Batch& batch, StepOutput* output) {
+  if (output->drawn.empty()) return Result();
+  bool all = true;
+  bool missed = false;
+  size_t row = 0;
+  for (const Segment& segment : batch.segments) {
+    for (int32_t i = 0; i < segment.num_logits; ++i, ++row) {
+      const bool asked = segment.draw.has_value() && segment.num_logits == 1;
+      all &= asked;
+      missed |= asked && output->drawn[row] < 0;
+    }
+  }
+  if (!missed || !all)
+    return Result();  // with a row that nobody was asked to draw, all logits are here already
+  MR_CUDA(cudaMemcpyAsync(host_logits_, buffers_->logits, output->logits.size_bytes(), cudaMemcpyDeviceToHost,
+                          compute_));
+  MR_CUDA(cudaStreamSynchronize(compute_));
+  return Result();
 }
 
 // Fills the host's block and copies it; of the page tables, the columns in use.

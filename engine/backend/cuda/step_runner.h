@@ -20,6 +20,8 @@
 
 namespace millrace::engine::cuda {
 
+struct DrawRow;
+
 struct StepRunnerOptions {
   KvLayout kv;             // bf16; num_layers = the model's layers, the MTP layer's last if it has pages
   int32_t rows_max = 512;  // tokens in one step
@@ -88,6 +90,8 @@ class StepRunner {
   Result Norm(const float* bias, const float* weight, int32_t rows);
   Result Multiply(const __nv_bfloat16* weights, const __nv_bfloat16* x, void* out, bool out_float,
                   bool accumulate, int32_t rows, int32_t n, int32_t k);
+  Result EnqueueOutputs(const Batch& batch, int32_t rows, StepOutput* output);
+  Result FetchUndrawn(const Batch& batch, StepOutput* output);
   Result TellLayers(bool exports, int32_t layers, const LayerDone& layer_done);
   Result CopyPages(std::span<const PageId> pages, cudaMemcpyKind direction);
   bool IsDecode(const Batch& batch, const PassCounts& counts) const;
@@ -116,6 +120,8 @@ class StepRunner {
   int32_t* host_inputs_[2] = {};      // by PassKind: a PassInputs block
   int32_t* host_tables_[2] = {};      // [rows, table_stride]
   float* host_logits_ = nullptr;      // [padded logits, vocab]
+  DrawRow* host_draws_ = nullptr;     // [logit rows]
+  int32_t* host_drawn_ = nullptr;     // [logit rows]
   float* host_mtp_logits_ = nullptr;
 };
 

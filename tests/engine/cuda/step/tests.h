@@ -4,6 +4,7 @@
 namespace millrace::test {
 
 void TestStepKernels();
+void TestSampling();
 void TestStepRunner();
 
 }  // namespace millrace::test
