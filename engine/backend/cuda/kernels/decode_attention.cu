@@ -15,15 +15,16 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kWarpTokens = kPageTokens / kWarps;
 constexpr int kStages = 3;
-constexpr int kSplitPagesMin = 4;
 constexpr int kSplitsMax = 32;
 constexpr int kGroupMax = 8;  // query heads per kv head
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Pages per split of a sequence of `pages` pages: a function of the sequence alone.
+// Pages per split of a sequence of `pages` pages: a function of the sequence alone. 4 up to 2k tokens, so
+// that a short sequence still spreads; 8 from 4k on, where ending a split costs more than spreading gains.
 __host__ __device__ constexpr int SplitPages(int pages) {
   const int share = (pages + kSplitsMax - 1) / kSplitsMax;
-  return share > kSplitPagesMin ? share : kSplitPagesMin;
+  const int wanted = pages <= 32 ? 4 : 8;
+  return share > wanted ? share : wanted;
 }
 __host__ __device__ constexpr int NumPages(int length) { return (length + kPageTokens - 1) / kPageTokens; }
 // A sequence of length 0 has one empty split, which writes its zeros.
@@ -44,7 +45,6 @@ struct alignas(16) Shared {
   float totals[3][kGroupMax];
   int32_t first_item[kDecodeAttentionSeqsMax + 1];  // of each sequence, in units of (split)
   int32_t warp_sums[kWarps];
-  int32_t is_last;
 };
 
 // The workspace: counters [seqs][kv heads], then partial results.
@@ -262,12 +262,12 @@ __device__ __forceinline__ void LeaveIn(Shared<kHeadDim>& shared, int slot, int 
   }
 }
 
-// The last CTA of a (sequence, kv head) adds its splits in ascending order. The whole CTA.
+// The last CTA of a (sequence, kv head) adds its splits in ascending order. One warp: the others load on.
 template <int kHeadDim>
-__device__ __forceinline__ void MergeSplits(const Params& params, const Item& item, int group) {
+__device__ __forceinline__ void MergeSplits(const Params& params, const Item& item, int group, int lane) {
   const Workspace& w = params.workspace;
   const int64_t unit = static_cast<int64_t>(item.seq) * params.args.num_kv_heads + item.kv_head;
-  for (int i = threadIdx.x; i < group * (kHeadDim / 4); i += kThreads) {
+  for (int i = lane; i < group * (kHeadDim / 4); i += 32) {
     const int head = i / (kHeadDim / 4);
     const int dim = i % (kHeadDim / 4) * 4;
     const int64_t first = unit * kSplitsMax * group + head;
@@ -338,18 +338,17 @@ __device__ __forceinline__ void Finish(const Params& params, Shared<kHeadDim>& s
       }
       __threadfence();  // the partial result is visible before the count says so
       __syncwarp();
+      bool last = false;
       if (lane == 0) {
         int32_t* counter = w.counters + unit;
-        const bool last = atomicAdd(counter, 1) == item.num_splits - 1;
+        last = atomicAdd(counter, 1) == item.num_splits - 1;
         if (last) *counter = 0;  // ready for the next launch
-        __threadfence();         // the others' partial results are read after the count
-        shared.is_last = last;
+      }
+      if (__shfl_sync(0xffffffffu, last, 0)) {
+        __threadfence();  // the others' partial results are read after the count
+        MergeSplits<kHeadDim>(params, item, group, lane);
       }
     }
-  }
-  if (item.num_splits > 1) {
-    __syncthreads();  // is_last
-    if (shared.is_last) MergeSplits<kHeadDim>(params, item, group);
   }
 }
 

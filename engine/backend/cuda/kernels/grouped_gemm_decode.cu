@@ -13,11 +13,13 @@ namespace millrace::engine::cuda {
 namespace {
 
 constexpr int kTileTokens = 32;
-constexpr int kStageK = 256;
-constexpr int kBoxK = 64;  // 128 bytes: one swizzle row
+// Along k everything is counted in bytes: 256 bf16 or 512 e4m3 per stage.
+constexpr int kStageK = 512;
+constexpr int kBoxK = 128;  // one swizzle row; of e4m3, one block of scales
 constexpr int kBoxes = kStageK / kBoxK;
+constexpr int kStepK = 32;  // one mma: 16 bf16 or 32 e4m3
 // Token rows are padded by 16 bytes: the 8 rows of an ldmatrix then fall on 8 different groups of banks.
-constexpr int kTokenPitch = kStageK * 2 + 16;
+constexpr int kTokenPitch = kStageK + 16;
 constexpr int kTokenBytes = kTileTokens * kTokenPitch;
 
 template <int kWarps>
@@ -42,65 +44,158 @@ struct alignas(1024) Shared {
 struct Params {
   GroupedGemmArgs args;
   int row_tiles;
+  int k_bytes;  // of a row of weights or of x
 };
 
-// Multiplies 16 weight rows (one warp) by kColumns x 8 tokens over one stage. `k_left`: valid k of the stage.
+template <ExpertType kType>
+constexpr int kElementBytes = kType == ExpertType::kBf16 ? 2 : 1;
+
+// What a lane needs to scale the sums of one 128-byte box: its rows' (gate or upper, up or lower) and its
+// tokens'.
 template <int kColumns>
-__device__ __forceinline__ void MultiplyStage(uint32_t weights, uint32_t box_bytes, uint32_t tokens, int warp,
-                                              int lane, int k_left, float (&sums)[kColumns][4]) {
-  const int row = warp * 16 + (lane & 15);
-  const uint32_t row_address = weights + row * 128;
-  const uint32_t token_address = tokens + (lane & 7) * kTokenPitch + (lane >> 3) * 16;
+struct BoxScales {
+  float rows[2];
+  float tokens[kColumns][2];
+};
+
+// sums += 16 weight rows (one warp) x kColumns x 8 tokens over one box. `k_left`: valid bytes of k in the
+// box.
+template <ExpertType kType, int kColumns>
+__device__ __forceinline__ void MultiplyBox(uint32_t weights, uint32_t tokens, int row, int lane, int k_left,
+                                            float (&sums)[kColumns][4]) {
 #pragma unroll
-  for (int pair = 0; pair < kStageK / 32; ++pair) {  // two k16 steps: one token load serves both
-    if (pair * 32 >= k_left) break;
+  for (int pair = 0; pair < kBoxK / kStepK / 2; ++pair) {  // two steps: one token load serves both
+    if (pair * 2 * kStepK >= k_left) break;
     uint32_t b[kColumns][4];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
-      ptx::LoadMatrix4(b[column], token_address + column * 8 * kTokenPitch + pair * 64);
+      ptx::LoadMatrix4(b[column], tokens + column * 8 * kTokenPitch + pair * 2 * kStepK);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (half == 1 && pair * 32 + 16 >= k_left) break;
       const int step = pair * 2 + half;
-      const uint32_t chunk = (step % 4) * 2 + (lane >> 4);
+      if (step * kStepK >= k_left) break;
+      const uint32_t chunk = step * 2 + (lane >> 4);
       uint32_t a[4];
-      ptx::LoadMatrix4(a, row_address + (step / 4) * box_bytes + ((chunk ^ (row & 7)) << 4));
+      ptx::LoadMatrix4(a, weights + ((chunk ^ (row & 7)) << 4));
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) {
-        ptx::Mma16816(sums[column], a, b[column][2 * half], b[column][2 * half + 1]);
+        if constexpr (kType == ExpertType::kBf16) {
+          ptx::Mma16816(sums[column], a, b[column][2 * half], b[column][2 * half + 1]);
+        } else {
+          ptx::Mma16832E4m3(sums[column], a, b[column][2 * half], b[column][2 * half + 1]);
+        }
       }
     }
   }
 }
 
+// The scales of the weight rows of a warp (16 rows from row16 on) and of a lane's tokens.
+template <bool kGateUp, int kColumns>
+struct ScaleReader {
+  const float* rows[2];
+  const float* tokens[kColumns][2];
+
+  __device__ __forceinline__ ScaleReader(const GroupedGemmArgs& args, const ExpertTile& tile, int row16,
+                                         int lane) {
+    const int64_t k_blocks = args.k / kScaleBlock;
+    const int64_t row_blocks = args.rows / kScaleBlock;  // of an expert, gates and ups together
+    const float* expert = args.weight_scales + tile.expert * row_blocks * k_blocks;
+    rows[0] = expert + (kGateUp ? row16 / 2 : row16) / kScaleBlock * k_blocks;
+    rows[1] = kGateUp ? rows[0] + row_blocks / 2 * k_blocks : rows[0];
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int slot = tile.first_slot + min(column * 8 + 2 * (lane & 3) + i, tile.num_tokens - 1);
+        const int64_t row = args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot;
+        tokens[column][i] = args.x_scales + row * args.x_scales_stride;
+      }
+    }
+  }
+  __device__ __forceinline__ void Read(int k_block, BoxScales<kColumns>& scales) const {
+    scales.rows[0] = __ldg(rows[0] + k_block);
+    scales.rows[1] = __ldg(rows[1] + k_block);
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      scales.tokens[column][0] = __ldg(tokens[column][0] + k_block);
+      scales.tokens[column][1] = __ldg(tokens[column][1] + k_block);
+    }
+  }
+};
+
+template <int kColumns>
+__device__ __forceinline__ void AddScaled(const float (&box)[kColumns][4], const BoxScales<kColumns>& scales,
+                                          float (&sums)[kColumns][4]) {
+#pragma unroll
+  for (int column = 0; column < kColumns; ++column) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[column][i] =
+          fmaf(box[column][i], scales.rows[i / 2] * scales.tokens[column][i % 2], sums[column][i]);
+    }
+  }
+}
+
 // One tile of one consumer warp: all of k, then the epilogue. `stage` and `phase` run on.
-template <int kWarps, bool kGateUp, int kColumns>
+template <ExpertType kType, int kWarps, bool kGateUp, int kColumns>
 __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kWarps>& shared,
                                             const ExpertTile& tile, int row_tile, int warp, int lane,
                                             int& stage, uint32_t& phase) {
   using S = Shape<kWarps>;
   const GroupedGemmArgs& args = params.args;
+  const int row = warp * 16 + (lane & 15);
+  const int row16 = row_tile * S::kRows + warp * 16;
+  const uint32_t token_offset = (lane & 7) * kTokenPitch + (lane >> 3) * 16;
   float sums[kColumns][4] = {};
-  for (int k0 = 0; k0 < args.k; k0 += kStageK) {
-    ptx::BarrierWait(ptx::SmemAddress(&shared.full[stage]), phase);
-    const uint32_t weights = ptx::SmemAddress(shared.weights[stage]);
-    const uint32_t tokens = ptx::SmemAddress(shared.tokens[stage]);
-    const int k_left = args.k - k0;
-    if (k_left >= kStageK) {
-      MultiplyStage<kColumns>(weights, S::kBoxBytes, tokens, warp, lane, kStageK, sums);
-    } else {
-      MultiplyStage<kColumns>(weights, S::kBoxBytes, tokens, warp, lane, k_left, sums);
+  auto consume = [&](auto&& multiply) {  // calls multiply(weights, tokens, first byte of k) per stage
+    for (int k0 = 0; k0 < params.k_bytes; k0 += kStageK) {
+      multiply(ptx::SmemAddress(shared.weights[stage]) + row * 128,
+               ptx::SmemAddress(shared.tokens[stage]) + token_offset, k0);
+      __syncwarp();  // every lane has read the stage
+      if (lane == 0) ptx::BarrierArrive(ptx::SmemAddress(&shared.empty[stage]));
+      if (++stage == S::kStages) {
+        stage = 0;
+        phase ^= 1;
+      }
     }
-    __syncwarp();  // every lane has read the stage
-    if (lane == 0) ptx::BarrierArrive(ptx::SmemAddress(&shared.empty[stage]));
-    if (++stage == S::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
+  };
+  auto wait = [&] { ptx::BarrierWait(ptx::SmemAddress(&shared.full[stage]), phase); };
+  if constexpr (kType == ExpertType::kBf16) {
+    consume([&](uint32_t weights, uint32_t tokens, int k0) {
+      wait();
+      if (params.k_bytes - k0 >= kStageK) {
+#pragma unroll
+        for (int box = 0; box < kBoxes; ++box) {
+          MultiplyBox<kType>(weights + box * S::kBoxBytes, tokens + box * kBoxK, row, lane, kBoxK, sums);
+        }
+      } else {
+        for (int box = 0; k0 + box * kBoxK < params.k_bytes; ++box) {
+          MultiplyBox<kType>(weights + box * S::kBoxBytes, tokens + box * kBoxK, row, lane,
+                             params.k_bytes - k0 - box * kBoxK, sums);
+        }
+      }
+    });
+  } else {
+    const ScaleReader<kGateUp, kColumns> reader(args, tile, min(row16, args.rows - 16), lane);
+    consume([&](uint32_t weights, uint32_t tokens, int k0) {
+      const int boxes = min((params.k_bytes - k0) / kBoxK, kBoxes);
+      BoxScales<kColumns> scales[kBoxes];
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {  // asked for before the wait, which hides them
+        if (box < boxes) reader.Read(k0 / kBoxK + box, scales[box]);
+      }
+      wait();
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {
+        if (box >= boxes) break;
+        float part[kColumns][4] = {};
+        MultiplyBox<kType>(weights + box * S::kBoxBytes, tokens + box * kBoxK, row, lane, kBoxK, part);
+        AddScaled(part, scales[box], sums);
+      }
+    });
   }
 
-  const int row16 = row_tile * S::kRows + warp * 16;
   if (row16 >= args.rows) return;
 #pragma unroll
   for (int column = 0; column < kColumns; ++column) {
@@ -125,7 +220,7 @@ __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kWarps>
   }
 }
 
-template <int kWarps>
+template <ExpertType kType, int kWarps>
 __device__ __forceinline__ void Produce(const Params& params, const CUtensorMap* map, Shared<kWarps>& shared,
                                         int lane) {
   using S = Shape<kWarps>;
@@ -138,26 +233,28 @@ __device__ __forceinline__ void Produce(const Params& params, const CUtensorMap*
     const ExpertTile tile = FindExpertTile<kTileTokens>(args.expert_offsets, args.num_experts, shared.prefix,
                                                         item / params.row_tiles);
     const int row_tile = item % params.row_tiles;
-    const __nv_bfloat16* x = nullptr;
+    const uint8_t* x = nullptr;
     if (lane < tile.num_tokens) {
       const int slot = tile.first_slot + lane;
-      x = args.x + (args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot) * args.x_stride;
+      const int64_t row = args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot;
+      x = static_cast<const uint8_t*>(args.x) + row * args.x_stride * kElementBytes<kType>;
     }
-    for (int k0 = 0; k0 < args.k; k0 += kStageK) {
+    for (int k0 = 0; k0 < params.k_bytes; k0 += kStageK) {
       ptx::BarrierWait(ptx::SmemAddress(&shared.empty[stage]), phase ^ 1);
       const uint32_t full = ptx::SmemAddress(&shared.full[stage]);
-      const int k_here = min(args.k - k0, kStageK);
+      const int k_here = min(params.k_bytes - k0, kStageK);
       if (lane == 0) {
         const int boxes = (k_here + kBoxK - 1) / kBoxK;
-        ptx::BarrierArriveExpect(full, boxes * S::kBoxBytes + tile.num_tokens * k_here * 2);
+        ptx::BarrierArriveExpect(full, boxes * S::kBoxBytes + tile.num_tokens * k_here);
         for (int box = 0; box < boxes; ++box) {
           ptx::TensorCopy5d(ptx::SmemAddress(shared.weights[stage]) + box * S::kBoxBytes, map,
-                            k0 + box * kBoxK, 0, 0, row_tile * (S::kRows / 16), tile.expert, full, policy);
+                            (k0 + box * kBoxK) / kElementBytes<kType>, 0, 0, row_tile * (S::kRows / 16),
+                            tile.expert, full, policy);
         }
       }
       __syncwarp();  // the expectation stands before any token's bytes can land
       if (lane < tile.num_tokens) {
-        ptx::BulkCopy(ptx::SmemAddress(shared.tokens[stage]) + lane * kTokenPitch, x + k0, k_here * 2, full);
+        ptx::BulkCopy(ptx::SmemAddress(shared.tokens[stage]) + lane * kTokenPitch, x + k0, k_here, full);
       }
       if (++stage == S::kStages) {
         stage = 0;
@@ -167,7 +264,7 @@ __device__ __forceinline__ void Produce(const Params& params, const CUtensorMap*
   }
 }
 
-template <int kWarps, bool kGateUp>
+template <ExpertType kType, int kWarps, bool kGateUp>
 __global__ void __launch_bounds__(Shape<kWarps>::kThreads, 1)
     GroupedGemmDecode(const Params params, const __grid_constant__ CUtensorMap map) {
   using S = Shape<kWarps>;
@@ -190,7 +287,7 @@ __global__ void __launch_bounds__(Shape<kWarps>::kThreads, 1)
   }
   __syncthreads();  // barriers and tile list are ready
   if (warp == kWarps) {
-    Produce<kWarps>(params, &map, shared, lane);
+    Produce<kType, kWarps>(params, &map, shared, lane);
     return;
   }
   const int num_items = shared.prefix[args.num_experts] * params.row_tiles;
@@ -202,52 +299,59 @@ __global__ void __launch_bounds__(Shape<kWarps>::kThreads, 1)
     const int row_tile = item % params.row_tiles;
     switch ((tile.num_tokens + 7) / 8) {
       case 1:
-        ConsumeTile<kWarps, kGateUp, 1>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        ConsumeTile<kType, kWarps, kGateUp, 1>(params, shared, tile, row_tile, warp, lane, stage, phase);
         break;
       case 2:
-        ConsumeTile<kWarps, kGateUp, 2>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        ConsumeTile<kType, kWarps, kGateUp, 2>(params, shared, tile, row_tile, warp, lane, stage, phase);
         break;
       default:
-        ConsumeTile<kWarps, kGateUp, 4>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        ConsumeTile<kType, kWarps, kGateUp, 4>(params, shared, tile, row_tile, warp, lane, stage, phase);
     }
   }
 }
 
-template <int kWarps, bool kGateUp>
+template <ExpertType kType, int kWarps, bool kGateUp>
 cudaError_t Launch(const GroupedGemmArgs& args, int num_sms, cudaStream_t stream) {
   using S = Shape<kWarps>;
   constexpr int kBytes = sizeof(Shared<kWarps>) + 1024;
-  auto kernel = GroupedGemmDecode<kWarps, kGateUp>;
+  auto kernel = GroupedGemmDecode<kType, kWarps, kGateUp>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   CUtensorMap map;
-  error = EncodeExpertWeights(args.weights, 2, args.num_experts, args.rows, args.k, S::kRows, kGateUp, &map);
+  error = EncodeExpertWeights(args.weights, kElementBytes<kType>, args.num_experts, args.rows, args.k,
+                              S::kRows, kGateUp, &map);
   if (error != cudaSuccess) return error;
-  const Params params = {args, (args.rows + S::kRows - 1) / S::kRows};
+  const Params params = {args, (args.rows + S::kRows - 1) / S::kRows, args.k * kElementBytes<kType>};
   kernel<<<num_sms, S::kThreads, kBytes, stream>>>(params, map);
   return cudaGetLastError();
+}
+
+template <ExpertType kType>
+cudaError_t LaunchTyped(const GroupedGemmArgs& args, int num_sms, cudaStream_t stream) {
+  const bool gate_up = args.matrix == ExpertMatrix::kGateUp;
+  // Few tiles: halve them, so that the last wave leaves fewer multiprocessors idle. Results do not change.
+  const int tiles_max = (args.num_slots_max < args.num_experts ? args.num_slots_max : args.num_experts) *
+                        ((args.rows + 63) / 64);
+  if (tiles_max < 8 * num_sms) {
+    return gate_up ? Launch<kType, 2, true>(args, num_sms, stream)
+                   : Launch<kType, 2, false>(args, num_sms, stream);
+  }
+  return gate_up ? Launch<kType, 4, true>(args, num_sms, stream)
+                 : Launch<kType, 4, false>(args, num_sms, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchGroupedGemmDecode(const GroupedGemmArgs& args, cudaStream_t stream) {
-  if (args.num_experts > kGroupedGemmExpertsMax || args.rows % 16 != 0 || args.k % 16 != 0) {
-    return cudaErrorInvalidValue;
-  }
+  if (!ValidGroupedGemm(args)) return cudaErrorInvalidValue;
   int device = 0;
   int num_sms = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const bool gate_up = args.matrix == ExpertMatrix::kGateUp;
-  // Few tiles: halve them, so that the last wave leaves fewer multiprocessors idle. Results do not change.
-  const int tiles_max = (args.num_slots_max < args.num_experts ? args.num_slots_max : args.num_experts) *
-                        ((args.rows + 63) / 64);
-  if (tiles_max < 8 * num_sms) {
-    return gate_up ? Launch<2, true>(args, num_sms, stream) : Launch<2, false>(args, num_sms, stream);
-  }
-  return gate_up ? Launch<4, true>(args, num_sms, stream) : Launch<4, false>(args, num_sms, stream);
+  return args.type == ExpertType::kBf16 ? LaunchTyped<ExpertType::kBf16>(args, num_sms, stream)
+                                        : LaunchTyped<ExpertType::kE4m3>(args, num_sms, stream);
 }
 
 }  // namespace millrace::engine::cuda
