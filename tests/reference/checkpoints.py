@@ -90,8 +90,11 @@ def base_config(variant):
         config.update(rotary_dim=16, first_k_dense_replace=2)
     if variant == "v2-yarn":
         config["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    if variant == "v2-fp8-whole":  # whole blocks: what released checkpoints have, and what a GPU keeps as it is
+        config.update(hidden_size=256, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128)
     if variant == "v2-fp8":
         config.update(hidden_size=192, moe_intermediate_size=144, moe_shared_expert_intermediate_size=144)
+    if variant.startswith("v2-fp8"):
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                                          "weight_block_size": [128, 128]}
     return config

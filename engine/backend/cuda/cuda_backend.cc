@@ -20,7 +20,10 @@ class CudaBackend : public Backend {
   const ModelConfig& config() const override { return weights_->config(); }
   const KvLayout& kv_layout() const override { return layout_; }
   std::span<std::byte> kv_memory() override { return runner_->mirror(); }
-  std::string Describe() const override { return fmt::format("cuda, {}, bfloat16", device_); }
+  std::string Describe() const override {
+    return fmt::format("cuda, {}, bfloat16{}", device_,
+                       weights_->model.shape.fp8_experts ? ", experts in block FP8" : "");
+  }
   Status ToHost(std::span<const PageId> pages) override { return ToStatus(runner_->ToHost(pages)); }
   Status FromHost(std::span<const PageId> pages) override { return ToStatus(runner_->FromHost(pages)); }
 

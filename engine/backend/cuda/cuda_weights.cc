@@ -12,6 +12,7 @@
 #include "base/cpu.h"
 #include "engine/backend/cpu/bfloat16.h"
 #include "engine/backend/cpu/rope.h"
+#include "engine/model/fp8_scales.h"
 
 namespace millrace::engine {
 namespace {
@@ -23,7 +24,9 @@ using cuda::ModelShape;
 constexpr int64_t kStagingBytes = int64_t{8} << 20;
 constexpr int kLoadThreadsMax = 8;
 
-enum class Form { kBf16, kBf16Rest, kFloat };  // kBf16Rest: what bf16 leaves of an fp32 value, itself in bf16
+// kBf16Rest: what bf16 leaves of an fp32 value, itself in bf16. kCodes: the tensor's bytes as they are
+// (e4m3).
+enum class Form { kBf16, kBf16Rest, kFloat, kCodes };
 
 // A block of a matrix (or a vector as one row) to be read, converted and copied.
 struct UploadJob {
@@ -38,7 +41,7 @@ struct UploadJob {
   int64_t pitch = 0;                                 // elements from row to row there
   const std::vector<float>* column_scale = nullptr;  // norm_head
 
-  int64_t element_bytes() const { return form == Form::kFloat ? 4 : 2; }
+  int64_t element_bytes() const { return form == Form::kFloat ? 4 : form == Form::kCodes ? 1 : 2; }
   int64_t bytes() const { return rows * cols * element_bytes(); }
 };
 
@@ -105,21 +108,38 @@ class JobList {
   void Ffn(const std::string& prefix, const DeviceLayer& layer, int64_t index, int64_t width, int64_t first,
            int64_t all) {
     const int64_t hidden = config_.hidden_size;
-    __nv_bfloat16* const gate_up = layer.gate_up + index * 2 * width * hidden;
+    const int64_t at = index * width * hidden;
+    if (layer.gate_up_e4m3 == nullptr) {
+      return Three(prefix, ".weight", Form::kBf16, layer.gate_up + 2 * at, layer.gate_up + 2 * at + hidden,
+                   2 * hidden, layer.down + at, width, first, all, hidden);
+    }
+    Three(prefix, ".weight", Form::kCodes, layer.gate_up_e4m3 + 2 * at, layer.gate_up_e4m3 + 2 * at + hidden,
+          2 * hidden, layer.down_e4m3 + at, width, first, all, hidden);
+    // Scales: gate's and up's matrices one after the other.
+    const int64_t rows = width / kFp8Block;
+    const int64_t cols = hidden / kFp8Block;
+    float* const gate = layer.gate_up_scales + index * 2 * rows * cols;
+    Three(prefix, std::string(".weight") + kFp8ScaleSuffix, Form::kFloat, gate, gate + rows * cols, cols,
+          layer.down_scales + index * rows * cols, rows, first / kFp8Block, all / kFp8Block, cols);
+  }
+  // gate, up [width, hidden] with rows `pitch` apart, and down [hidden, width].
+  void Three(const std::string& prefix, const std::string& suffix, Form form, void* gate, void* up,
+             int64_t pitch, void* down, int64_t width, int64_t first, int64_t all, int64_t hidden) {
     UploadJob job;
+    job.form = form;
     job.cols = job.tensor_cols = hidden;
-    job.pitch = 2 * hidden;
-    job.tensor = prefix + ".gate_proj.weight";
-    job.destination = gate_up;
+    job.pitch = pitch;
+    job.tensor = prefix + ".gate_proj" + suffix;
+    job.destination = gate;
     Add(job, first, width);
-    job.tensor = prefix + ".up_proj.weight";
-    job.destination = gate_up + hidden;
+    job.tensor = prefix + ".up_proj" + suffix;
+    job.destination = up;
     Add(job, first, width);
-    job.tensor = prefix + ".down_proj.weight";
+    job.tensor = prefix + ".down_proj" + suffix;
     job.first_col = first;
     job.cols = job.pitch = width;
     job.tensor_cols = all;
-    job.destination = layer.down + index * hidden * width;
+    job.destination = down;
     Add(job, 0, hidden);
   }
   void Matrix(const std::string& tensor, __nv_bfloat16* destination, int64_t rows, int64_t cols,
@@ -160,11 +180,14 @@ class JobList {
 // Fills `out` with the job's block, rows densely one after another.
 Status ReadBlock(const Checkpoint& checkpoint, const UploadJob& job, std::byte* out) {
   MR_ASSIGN_OR_RETURN(const TensorView tensor, checkpoint.Tensor(job.tensor));
-  if (tensor.dtype == DType::kBf16 && job.form == Form::kBf16 && job.column_scale == nullptr) {
+  const bool same_bf16 =
+      tensor.dtype == DType::kBf16 && job.form == Form::kBf16 && job.column_scale == nullptr;
+  if (same_bf16 || job.form == Form::kCodes) {
+    const int64_t size = job.element_bytes();
     for (int64_t r = 0; r < job.rows; ++r) {
-      std::memcpy(out + r * job.cols * 2,
-                  tensor.bytes.data() + ((job.first_row + r) * job.tensor_cols + job.first_col) * 2,
-                  static_cast<size_t>(job.cols) * 2);
+      std::memcpy(out + r * job.cols * size,
+                  tensor.bytes.data() + ((job.first_row + r) * job.tensor_cols + job.first_col) * size,
+                  static_cast<size_t>(job.cols * size));
     }
     return OkStatus();
   }
@@ -302,6 +325,28 @@ Status UploadRope(const ModelConfig& config, const DeviceModel& model) {
   return error == cudaSuccess ? OkStatus() : ToStatus(cuda::CudaFailure(error, "copying the rotary table"));
 }
 
+// True if every expert's matrices are e4m3 in the file and made of whole blocks: then they stay as they are.
+StatusOr<bool> ExpertsAreFp8(const Checkpoint& checkpoint, const ModelConfig& config) {
+  if (config.fp8_block != kFp8Block || config.hidden_size % kFp8Block != 0 ||
+      config.moe_intermediate_size % kFp8Block != 0) {
+    return false;
+  }
+  for (int32_t l = config.num_dense_layers; l < config.num_kv_layers(); ++l) {
+    std::vector<std::string> ffns;
+    if (config.shared_intermediate_size > 0) ffns.push_back("shared_experts");
+    for (int32_t e = 0; e < config.num_experts; ++e) ffns.push_back(fmt::format("experts.{}", e));
+    for (const std::string& ffn : ffns) {
+      for (const char* matrix : {"gate", "up", "down"}) {
+        MR_ASSIGN_OR_RETURN(
+            const TensorView tensor,
+            checkpoint.Tensor(fmt::format("model.layers.{}.mlp.{}.{}_proj.weight", l, ffn, matrix)));
+        if (tensor.dtype != DType::kF8E4M3) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // Router weights that bf16 cannot hold get a second part.
 StatusOr<bool> RouterNeedsLow(const Checkpoint& checkpoint, const ModelConfig& config) {
   for (int32_t l = config.num_dense_layers; l < config.num_kv_layers(); ++l) {
@@ -387,6 +432,7 @@ StatusOr<std::shared_ptr<const Weights>> LoadCudaWeights(const Checkpoint& check
   MR_ASSIGN_OR_RETURN(ModelShape shape, MakeModelShape(config));
   MR_RETURN_IF_ERROR(CheckDevice());
   MR_ASSIGN_OR_RETURN(shape.router_low, RouterNeedsLow(checkpoint, config));
+  MR_ASSIGN_OR_RETURN(shape.fp8_experts, ExpertsAreFp8(checkpoint, config));
   auto weights = std::make_shared<CudaWeights>();
   weights->config_ = config;
   const size_t bytes = cuda::PlanModel(shape, nullptr, &weights->model);

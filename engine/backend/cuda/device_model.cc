@@ -1,5 +1,6 @@
 #include "engine/backend/cuda/device_model.h"
 
+#include "engine/backend/cuda/kernels/grouped_gemm.h"
 #include "engine/backend/cuda/kernels/router.h"
 #include "engine/backend/cuda/memory.h"
 
@@ -22,8 +23,16 @@ DeviceLayer PlanLayer(const ModelShape& shape, bool moe, Layout& layout) {
   }
   const auto width = static_cast<size_t>(moe ? shape.expert_width : shape.dense_width);
   const auto experts = static_cast<size_t>(moe ? shape.experts_all() : 1);
-  layer.gate_up = layout.Place<__nv_bfloat16>(experts * 2 * width * hidden);
-  layer.down = layout.Place<__nv_bfloat16>(experts * width * hidden);
+  if (moe && shape.fp8_experts) {
+    const size_t blocks = width / kScaleBlock * (hidden / kScaleBlock);
+    layer.gate_up_e4m3 = layout.Place<uint8_t>(experts * 2 * width * hidden);
+    layer.down_e4m3 = layout.Place<uint8_t>(experts * width * hidden);
+    layer.gate_up_scales = layout.Place<float>(experts * 2 * blocks);
+    layer.down_scales = layout.Place<float>(experts * blocks);
+  } else {
+    layer.gate_up = layout.Place<__nv_bfloat16>(experts * 2 * width * hidden);
+    layer.down = layout.Place<__nv_bfloat16>(experts * width * hidden);
+  }
   if (!moe) return layer;
   const auto routed = static_cast<size_t>(shape.num_experts);
   layer.router = layout.Place<__nv_bfloat16>(routed * hidden);
@@ -46,7 +55,8 @@ const char* ModelShape::Unsupported() const {
   if (expert_width % 16 != 0) return "moe_intermediate_size must be a multiple of 16";
   if (vocab % 8 != 0) return "vocab_size must be a multiple of 8";
   if (num_experts % 8 != 0) return "num_experts must be a multiple of 8";
-  if (experts_all() > kExpertsMax) return "more experts than the routing kernel holds";
+  if (experts_all() > kExpertsMax || experts_all() > kGroupedGemmExpertsMax)
+    return "more experts than the routing kernel holds";
   if (top_k > kTopKMax || slots_per_token() > 32)
     return "more experts per token than the routing kernel holds";
   if (num_groups > kGroupsMax) return "more expert groups than the routing kernel holds";

@@ -35,7 +35,8 @@ struct ModelShape {
   bool qkv_bias = false;
   bool dense_bias = false;
   bool tied_embeddings = false;
-  bool router_low = false;  // the router's weights need a second bf16 part
+  bool fp8_experts = false;  // the experts' weights are e4m3 with a scale per 128 x 128 block
+  bool router_low = false;   // the router's weights need a second bf16 part
   float eps = 0;
   int32_t vocab = 0;
   int32_t max_position = 0;
@@ -59,8 +60,13 @@ struct DeviceLayer {
   float* query_norm = nullptr;             // [head_dim], or null
   float* key_norm = nullptr;               // [head_dim], or null
   // Dense layers: one FFN of dense_width. MoE layers: experts_all of expert_width, the shared ones last.
-  __nv_bfloat16* gate_up = nullptr;     // [experts][2 * width][hidden]: row 2i = gate i, 2i+1 = up i
-  __nv_bfloat16* down = nullptr;        // [experts][hidden][width]
+  __nv_bfloat16* gate_up = nullptr;  // [experts][2 * width][hidden]: row 2i = gate i, 2i+1 = up i
+  __nv_bfloat16* down = nullptr;     // [experts][hidden][width]
+  // MoE layers with fp8_experts have these instead.
+  uint8_t* gate_up_e4m3 = nullptr;      // as gate_up
+  uint8_t* down_e4m3 = nullptr;         // as down
+  float* gate_up_scales = nullptr;      // [experts][gate, up][width / 128][hidden / 128]
+  float* down_scales = nullptr;         // [experts][hidden / 128][width / 128]
   __nv_bfloat16* router = nullptr;      // [num_experts, hidden]
   __nv_bfloat16* router_low = nullptr;  // what bf16 leaves of the router's weights, or null
   float* expert_bias = nullptr;         // [num_experts], or null

@@ -18,6 +18,8 @@ struct StepRunner::Buffers {
   __nv_bfloat16* gate_up = nullptr;     // [R, 2 * dense_width]
   __nv_bfloat16* activation = nullptr;  // [R, dense_width] or [S, expert_width]
   __nv_bfloat16* expert_out = nullptr;  // [S, hidden], by slot number
+  uint8_t* quantized = nullptr;         // [R, hidden] or [S, expert_width], e4m3
+  float* quantized_scales = nullptr;    // [R, hidden / 128] or [S, expert_width / 128]
   float* router_logits = nullptr;       // [R, num_experts]
   int32_t* experts = nullptr;           // [S]
   float* expert_weights = nullptr;      // [S]

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "engine/backend/cuda/kernels/decode_attention.h"
+#include "engine/backend/cuda/kernels/grouped_gemm.h"
 #include "engine/backend/cuda/step_buffers.h"
 
 namespace millrace::engine::cuda {
@@ -63,6 +64,11 @@ size_t StepRunner::PlaceBuffers(std::byte* base) {
   b.activation = layout.Place<__nv_bfloat16>(
       std::max(rows * dense_width, slots * static_cast<size_t>(shape_.expert_width)));
   b.expert_out = layout.Place<__nv_bfloat16>(slots * hidden);
+  if (shape_.fp8_experts) {
+    const size_t widest = std::max(rows * hidden, slots * static_cast<size_t>(shape_.expert_width));
+    b.quantized = layout.Place<uint8_t>(widest);
+    b.quantized_scales = layout.Place<float>(widest / kScaleBlock);
+  }
   b.router_logits = layout.Place<float>(rows * static_cast<size_t>(shape_.num_experts));
   b.experts = layout.Place<int32_t>(slots);
   b.expert_weights = layout.Place<float>(slots);

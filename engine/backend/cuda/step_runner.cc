@@ -10,6 +10,7 @@
 #include "engine/backend/cuda/kernels/norm.h"
 #include "engine/backend/cuda/kernels/prefill_attention.h"
 #include "engine/backend/cuda/kernels/qk_rope.h"
+#include "engine/backend/cuda/kernels/quantize.h"
 #include "engine/backend/cuda/kernels/router.h"
 #include "engine/backend/cuda/step_buffers.h"
 
@@ -331,12 +332,13 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
   // The crossover of grouped_gemm.h: slots per routed expert.
   const bool few = pass.counts.rows * shape_.top_k <= kDecodeSlotsPerExpert * shape_.num_experts;
   const auto launch = few ? LaunchGroupedGemmDecode : LaunchGroupedGemmPrefill;
+  const int32_t slots = pass.counts.rows * shape_.slots_per_token();
   GroupedGemmArgs up;
   up.matrix = ExpertMatrix::kGateUp;
   up.num_experts = shape_.experts_all();
   up.rows = 2 * shape_.expert_width;
   up.k = shape_.hidden;
-  up.num_slots_max = pass.counts.rows * shape_.slots_per_token();
+  up.num_slots_max = slots;
   up.weights = layer.gate_up;
   up.expert_offsets = buffers_->expert_offsets;
   up.x = buffers_->normed;
@@ -344,6 +346,11 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
   up.x_rows = buffers_->slot_tokens;
   up.out = buffers_->activation;
   up.out_stride = shape_.expert_width;
+  if (shape_.fp8_experts) {
+    up.weights = layer.gate_up_e4m3;
+    up.weight_scales = layer.gate_up_scales;
+    MR_CUDA_TRY(QuantizeInput(buffers_->normed, pass.counts.rows, &up));
+  }
   MR_CUDA(launch(up, compute_));
   GroupedGemmArgs down = up;
   down.matrix = ExpertMatrix::kDown;
@@ -357,6 +364,11 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
   down.out_stride = shape_.hidden;
   down.out_rows = buffers_->slots;
   down.slot_scale = buffers_->slot_weights;
+  if (shape_.fp8_experts) {
+    down.weights = layer.down_e4m3;
+    down.weight_scales = layer.down_scales;
+    MR_CUDA_TRY(QuantizeInput(buffers_->activation, slots, &down));
+  }
   MR_CUDA(launch(down, compute_));
 
   CombineArgs combine;
@@ -370,6 +382,24 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
   combine.hidden = shape_.hidden;
   combine.eps = shape_.eps;
   MR_CUDA(LaunchCombine(combine, compute_));
+  return Result();
+}
+
+// Makes `rows` bf16 rows of args->k the e4m3 input of a grouped product.
+Result StepRunner::QuantizeInput(const __nv_bfloat16* x, int32_t rows, GroupedGemmArgs* args) {
+  QuantizeRowsArgs quantize;
+  quantize.num_rows = rows;
+  quantize.k = args->k;
+  quantize.x = x;
+  quantize.x_stride = args->k;
+  quantize.q = buffers_->quantized;
+  quantize.scales = buffers_->quantized_scales;
+  MR_CUDA(LaunchQuantizeRows(quantize, compute_));
+  args->type = ExpertType::kE4m3;
+  args->x = buffers_->quantized;
+  args->x_stride = args->k;
+  args->x_scales = buffers_->quantized_scales;
+  args->x_scales_stride = args->k / kScaleBlock;
   return Result();
 }
 

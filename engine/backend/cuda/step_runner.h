@@ -21,6 +21,7 @@
 namespace millrace::engine::cuda {
 
 struct DrawRow;
+struct GroupedGemmArgs;
 
 struct StepRunnerOptions {
   KvLayout kv;             // bf16; num_layers = the model's layers, the MTP layer's last if it has pages
@@ -85,6 +86,7 @@ class StepRunner {
   Result EnqueueDense(const DeviceLayer& layer, const Pass& pass, const float* next_norm);
   Result EnqueueRouting(const DeviceLayer& layer, const Pass& pass);
   Result EnqueueExperts(const DeviceLayer& layer, const Pass& pass, const float* next_norm);
+  Result QuantizeInput(const __nv_bfloat16* x, int32_t rows, GroupedGemmArgs* args);
   Result EnqueueHead(const float* norm, const Pass& pass, float* logits);
   Result EnqueueExport(const Batch& batch, int32_t layer);
   Result Norm(const float* bias, const float* weight, int32_t rows);

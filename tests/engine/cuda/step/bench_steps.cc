@@ -62,7 +62,9 @@ double DistinctExperts(const ModelShape& s, double tokens) {
   return s.num_experts * (1 - std::pow(1 - double(s.top_k) / s.num_experts, tokens)) + s.num_shared;
 }
 
-double ExpertBytes(const ModelShape& s) { return 2.0 * 3 * s.hidden * s.expert_width; }
+double ExpertBytes(const ModelShape& s) {
+  return (s.fp8_experts ? 1.0 : 2.0) * 3 * s.hidden * s.expert_width;
+}
 
 // Weights that every step reads once, the head included.
 double FixedBytes(const ModelShape& s) {
@@ -111,9 +113,13 @@ double WallSeconds(StepRunner& runner, const Batch& batch, int repeat) {
 
 }  // namespace
 
-void BenchSteps(Report& report) {
+namespace {
+
+void BenchModel(Report& report, bool fp8) {
   RandomModel model;
-  const ModelShape shape = LingMiniShape(20);
+  ModelShape shape = LingMiniShape(20);
+  shape.fp8_experts = fp8;
+  const std::string type = fp8 ? "fp8 " : "bf16 ";
   Check(MakeRandomModel(shape, 1, &model));
   StepRunnerOptions options;
   options.kv.num_layers = shape.num_layers;
@@ -136,11 +142,11 @@ void BenchSteps(Report& report) {
       cudaStream_t stream = nullptr;
       Check(runner->ReplayDecode(batch, &stream));
       const double seconds = MedianSeconds(stream, [&] { Check(runner->ReplayDecode(batch, &stream)); });
-      report.Step("decode", batch, context, batch, seconds,
+      report.Step(type + "decode", batch, context, batch, seconds,
                   DecodeBound(shape, report.ceilings(), batch, context));
       if (context == 1024) {
         const double wall = WallSeconds(*runner, sequences.batch, 7);
-        report.Step("decode, logits on the host", batch, context, batch, wall,
+        report.Step(type + "decode, logits on the host", batch, context, batch, wall,
                     DecodeBound(shape, report.ceilings(), batch, context));
       }
     }
@@ -149,9 +155,16 @@ void BenchSteps(Report& report) {
   for (const auto& [count, length] : prompts) {
     const Sequences sequences = Make(shape, count, length, length);
     const double wall = WallSeconds(*runner, sequences.batch, 5);
-    report.Step("prefill", count, length, double(count) * length, wall,
+    report.Step(type + "prefill", count, length, double(count) * length, wall,
                 PrefillBound(shape, report.ceilings(), count, length));
   }
+}
+
+}  // namespace
+
+void BenchSteps(Report& report) {
+  BenchModel(report, false);
+  BenchModel(report, true);
 }
 
 }  // namespace millrace::test

@@ -32,12 +32,28 @@ __global__ void Fill(T* out, int64_t count, uint64_t seed, float mean, float dev
   }
 }
 
+// Codes of e4m3 without its NaN; a scale of 1 / (60 sqrt(inputs)) gives them about the deviation of the bf16
+// weights.
+__global__ void FillCodes(uint8_t* out, int64_t count, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const auto code =
+        static_cast<uint8_t>(Mix(seed + 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(i + 1)) >> 56);
+    out[i] = (code & 0x7f) == 0x7f ? 0 : code;
+  }
+}
+
 class Filler {
  public:
   explicit Filler(uint64_t seed) : seed_(seed) {}
   void Matrix(__nv_bfloat16* out, int64_t rows, int64_t cols, float deviation = 0) {
     if (deviation == 0) deviation = 1 / std::sqrt(static_cast<float>(cols));
     if (out != nullptr) Fill<<<1024, 256>>>(out, rows * cols, seed_ += 77, 0.0f, deviation);
+  }
+  void Codes(uint8_t* out, float* scales, int64_t rows, int64_t cols) {
+    if (out == nullptr) return;
+    FillCodes<<<1024, 256>>>(out, rows * cols, seed_ += 77);
+    Vector(scales, rows * cols / (128 * 128), 1 / (60 * std::sqrt(static_cast<float>(cols))), 0);
   }
   void Vector(float* out, int64_t size, float mean, float deviation) {
     if (out != nullptr) Fill<<<64, 256>>>(out, size, seed_ += 77, mean, deviation);
@@ -60,6 +76,8 @@ void FillLayer(const ModelShape& s, const DeviceLayer& layer, Filler& fill) {
   const int64_t experts = layer.moe ? s.experts_all() : 1;
   fill.Matrix(layer.gate_up, experts * 2 * width, s.hidden);
   fill.Matrix(layer.down, experts * s.hidden, width);
+  fill.Codes(layer.gate_up_e4m3, layer.gate_up_scales, experts * 2 * width, s.hidden);
+  fill.Codes(layer.down_e4m3, layer.down_scales, experts * s.hidden, width);
   fill.Matrix(layer.router, s.num_experts, s.hidden);
   fill.Vector(layer.expert_bias, s.num_experts, 0, 0.05f);
 }

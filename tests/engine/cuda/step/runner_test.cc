@@ -47,8 +47,13 @@ Segment Part(const Sequence& sequence, int32_t begin, int32_t end, int32_t num_l
 
 class Harness {
  public:
-  Harness() {
-    Check(MakeRandomModel(SmallShape(), 42, &model_));
+  explicit Harness(bool fp8) {
+    engine::cuda::ModelShape shape = SmallShape();
+    if (fp8) {
+      shape.fp8_experts = true;
+      shape.expert_width = 128;
+    }
+    Check(MakeRandomModel(shape, 42, &model_));
     StepRunnerOptions options;
     options.kv.num_layers = 4;
     options.kv.num_pages = kPages;
@@ -202,11 +207,13 @@ void TestRefusals(Harness& h) {
 }  // namespace
 
 void TestStepRunner() {
-  Harness h;
-  TestGraphEqualsEager(h);
-  TestChunks(h);
-  TestPagesCross(h);
-  TestRefusals(h);
+  for (const bool fp8 : {false, true}) {
+    Harness h(fp8);
+    TestGraphEqualsEager(h);
+    TestChunks(h);
+    TestPagesCross(h);
+    TestRefusals(h);
+  }
 }
 
 }  // namespace millrace::test
