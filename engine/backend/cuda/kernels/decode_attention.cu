@@ -45,6 +45,7 @@ struct alignas(16) Shared {
   float totals[3][kGroupMax];
   int32_t first_item[kDecodeAttentionSeqsMax + 1];  // of each sequence, in units of (split)
   int32_t warp_sums[kWarps];
+  int32_t is_last;
 };
 
 // The workspace: counters [seqs][kv heads], then partial results.
@@ -262,36 +263,42 @@ __device__ __forceinline__ void LeaveIn(Shared<kHeadDim>& shared, int slot, int 
   }
 }
 
-// The last CTA of a (sequence, kv head) adds its splits in ascending order. One warp: the others load on.
+// The last CTA of a (sequence, kv head) adds its splits in ascending order. The whole CTA; a warp per head,
+// lane l weighs split l.
 template <int kHeadDim>
-__device__ __forceinline__ void MergeSplits(const Params& params, const Item& item, int group, int lane) {
+__device__ __forceinline__ void MergeSplits(const Params& params, const Item& item, int group, int warp,
+                                            int lane) {
+  constexpr int kDims = kHeadDim / 32;  // per lane: dims lane + 32 d
   const Workspace& w = params.workspace;
   const int64_t unit = static_cast<int64_t>(item.seq) * params.args.num_kv_heads + item.kv_head;
-  for (int i = lane; i < group * (kHeadDim / 4); i += 32) {
-    const int head = i / (kHeadDim / 4);
-    const int dim = i % (kHeadDim / 4) * 4;
+  for (int head = warp; head < group; head += kWarps) {
     const int64_t first = unit * kSplitsMax * group + head;
-    float max = -INFINITY;
-    for (int s = 0; s < item.num_splits; ++s) max = fmaxf(max, __ldcg(w.maxima + first + s * group));
-    float4 sum = make_float4(0, 0, 0, 0);
-    float total = 0;
-#pragma unroll 4
-    for (int s = 0; s < item.num_splits; ++s) {
-      const int64_t row = first + s * group;
-      const float weight = ptx::Exp2(__ldcg(w.maxima + row) - max);
-      const float4 part = __ldcg(reinterpret_cast<const float4*>(w.sums + row * kHeadDim + dim));
-      total += weight * __ldcg(w.totals + row);
-      sum.x += weight * part.x;
-      sum.y += weight * part.y;
-      sum.z += weight * part.z;
-      sum.w += weight * part.w;
+    const int64_t row = first + static_cast<int64_t>(min(lane, item.num_splits - 1)) * group;
+    const float mine = __ldcg(w.maxima + row);
+    float total = lane < item.num_splits ? __ldcg(w.totals + row) : 0.0f;
+    float max = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
+    const float weight = ptx::Exp2(mine - max);
+    total *= weight;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+    float sums[kDims] = {};
+    const float* parts = w.sums + first * kHeadDim + lane;
+#pragma unroll 8
+    for (int split = 0; split < item.num_splits; ++split) {
+      const float split_weight = __shfl_sync(0xffffffffu, weight, split);
+#pragma unroll
+      for (int d = 0; d < kDims; ++d) {
+        sums[d] = fmaf(split_weight, __ldcg(parts + static_cast<int64_t>(split) * group * kHeadDim + d * 32),
+                       sums[d]);
+      }
     }
     const float inverse = 1.0f / total;
     __nv_bfloat16* out = params.args.out + item.seq * params.args.out_stride +
-                         static_cast<int64_t>(item.kv_head * group + head) * kHeadDim + dim;
-    uint32_t* words = reinterpret_cast<uint32_t*>(out);
-    words[0] = ptx::PackBf16(sum.x * inverse, sum.y * inverse);
-    words[1] = ptx::PackBf16(sum.z * inverse, sum.w * inverse);
+                         static_cast<int64_t>(item.kv_head * group + head) * kHeadDim + lane;
+#pragma unroll
+    for (int d = 0; d < kDims; ++d) out[d * 32] = __float2bfloat16(sums[d] * inverse);
   }
 }
 
@@ -338,17 +345,18 @@ __device__ __forceinline__ void Finish(const Params& params, Shared<kHeadDim>& s
       }
       __threadfence();  // the partial result is visible before the count says so
       __syncwarp();
-      bool last = false;
       if (lane == 0) {
         int32_t* counter = w.counters + unit;
-        last = atomicAdd(counter, 1) == item.num_splits - 1;
+        const bool last = atomicAdd(counter, 1) == item.num_splits - 1;
         if (last) *counter = 0;  // ready for the next launch
-      }
-      if (__shfl_sync(0xffffffffu, last, 0)) {
-        __threadfence();  // the others' partial results are read after the count
-        MergeSplits<kHeadDim>(params, item, group, lane);
+        __threadfence();         // the others' partial results are read after the count
+        shared.is_last = last;
       }
     }
+  }
+  if (item.num_splits > 1) {
+    __syncthreads();  // is_last
+    if (shared.is_last) MergeSplits<kHeadDim>(params, item, group, warp, lane);
   }
 }
 

@@ -30,7 +30,7 @@ enum class ExpertType {
   kE4m3,
 };
 
-inline constexpr int kGroupedGemmExpertsMax = 512;
+inline constexpr int kGroupedGemmExpertsMax = 448;
 inline constexpr int kScaleBlock = 128;
 
 struct GroupedGemmArgs {
@@ -49,7 +49,9 @@ struct GroupedGemmArgs {
   // kE4m3 only. kGateUp: [num_experts][gate, up][M / 128][k / 128]; kDown: [num_experts][rows / 128][k /
   // 128].
   const float* weight_scales = nullptr;
-  const float* x_scales = nullptr;  // [input rows][k / 128], rows x_scales_stride elements apart
+  const float* x_scales =
+      nullptr;  // [input rows][k / 128], rows x_scales_stride elements apart; fewer than 2^31 in all
+
   int64_t x_scales_stride = 0;
   __nv_bfloat16* out = nullptr;       // output rows, row r at out + r * out_stride, 16-byte aligned
   int64_t out_stride = 0;             // elements, a multiple of 8

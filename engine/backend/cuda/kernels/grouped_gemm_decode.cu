@@ -1,8 +1,9 @@
 // Decode: weight rows on the 16-row side of mma.sync m16n8k16, tokens on its 8-column side, so that two
-// tokens of an expert do not cost the work of 64. Persistent CTAs; one producer warp streams [rows x 256 k]
-// stages of weights (tensor copies, evict-first) and the tokens' k range (one bulk copy per token); each
-// consumer warp owns 16 weight rows of the tile over the whole of k, so warps meet only at the stage
-// barriers.
+// tokens of an expert do not cost the work of 64. Persistent CTAs; one producer warp streams [rows x 512
+// bytes of k] stages of weights (tensor copies, evict-first) and the tokens' k range (one bulk copy per
+// token). Two groups of consumer warps take the CTA's items in turn, so that one finds its tile, reads scales
+// and writes its outputs while the other multiplies; in a group each warp owns 16 weight rows of the tile
+// over the whole of k.
 
 #include "engine/backend/cuda/kernels/expert_tiles.cuh"
 #include "engine/backend/cuda/kernels/grouped_gemm.h"
@@ -22,13 +23,16 @@ constexpr int kStepK = 32;  // one mma: 16 bf16 or 32 e4m3
 constexpr int kTokenPitch = kStageK + 16;
 constexpr int kTokenBytes = kTileTokens * kTokenPitch;
 
+constexpr int kGroups = 2;
+
+// kWarps: of one group.
 template <int kWarps>
 struct Shape {
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kBoxBytes = kRows * 128;
   static constexpr int kWeightBytes = kBoxes * kBoxBytes;
   static constexpr int kStages = kWarps == 4 ? 4 : 6;
-  static constexpr int kThreads = 32 * (kWarps + 1);
+  static constexpr int kThreads = 32 * (kGroups * kWarps + 1);
 };
 
 // Stages first: weight boxes need 1024-byte alignment.
@@ -37,7 +41,9 @@ struct alignas(1024) Shared {
   uint8_t weights[Shape<kWarps>::kStages][Shape<kWarps>::kWeightBytes];
   uint8_t tokens[Shape<kWarps>::kStages][kTokenBytes];
   uint64_t full[Shape<kWarps>::kStages];   // the producer's expected bytes have landed
-  uint64_t empty[Shape<kWarps>::kStages];  // every consumer warp has read the stage
+  uint64_t empty[Shape<kWarps>::kStages];  // every warp of the group whose item it is has read the stage
+  uint64_t turn[kGroups];                  // the other group has read the last stage of its item
+
   int32_t prefix[kGroupedGemmExpertsMax + 1];
 };
 
@@ -63,7 +69,9 @@ struct BoxScales {
 template <ExpertType kType, int kColumns>
 __device__ __forceinline__ void MultiplyBox(uint32_t weights, uint32_t tokens, int row, int lane, int k_left,
                                             float (&sums)[kColumns][4]) {
-#pragma unroll
+  // e4m3 stays rolled: its scales leave fewer registers for loads that run ahead.
+  constexpr int kUnroll = kType == ExpertType::kBf16 ? kBoxK / kStepK / 2 : 1;
+#pragma unroll kUnroll
   for (int pair = 0; pair < kBoxK / kStepK / 2; ++pair) {  // two steps: one token load serves both
     if (pair * 2 * kStepK >= k_left) break;
     uint32_t b[kColumns][4];
@@ -93,33 +101,35 @@ __device__ __forceinline__ void MultiplyBox(uint32_t weights, uint32_t tokens, i
 // The scales of the weight rows of a warp (16 rows from row16 on) and of a lane's tokens.
 template <bool kGateUp, int kColumns>
 struct ScaleReader {
-  const float* rows[2];
-  const float* tokens[kColumns][2];
+  const float* weight_scales;  // of the upper rows
+  int lower;                   // from there to those of the lower rows
+  int tokens[kColumns][2];     // elements from args.x_scales
 
   __device__ __forceinline__ ScaleReader(const GroupedGemmArgs& args, const ExpertTile& tile, int row16,
                                          int lane) {
     const int64_t k_blocks = args.k / kScaleBlock;
     const int64_t row_blocks = args.rows / kScaleBlock;  // of an expert, gates and ups together
     const float* expert = args.weight_scales + tile.expert * row_blocks * k_blocks;
-    rows[0] = expert + (kGateUp ? row16 / 2 : row16) / kScaleBlock * k_blocks;
-    rows[1] = kGateUp ? rows[0] + row_blocks / 2 * k_blocks : rows[0];
+    weight_scales = expert + (kGateUp ? row16 / 2 : row16) / kScaleBlock * k_blocks;
+    lower = kGateUp ? static_cast<int>(row_blocks / 2 * k_blocks) : 0;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int slot = tile.first_slot + min(column * 8 + 2 * (lane & 3) + i, tile.num_tokens - 1);
-        const int64_t row = args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot;
-        tokens[column][i] = args.x_scales + row * args.x_scales_stride;
+        const int row = args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot;
+        tokens[column][i] = row * static_cast<int>(args.x_scales_stride);
       }
     }
   }
-  __device__ __forceinline__ void Read(int k_block, BoxScales<kColumns>& scales) const {
-    scales.rows[0] = __ldg(rows[0] + k_block);
-    scales.rows[1] = __ldg(rows[1] + k_block);
+  __device__ __forceinline__ void Read(const GroupedGemmArgs& args, int k_block,
+                                       BoxScales<kColumns>& scales) const {
+    scales.rows[0] = __ldg(weight_scales + k_block);
+    scales.rows[1] = __ldg(weight_scales + lower + k_block);
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
-      scales.tokens[column][0] = __ldg(tokens[column][0] + k_block);
-      scales.tokens[column][1] = __ldg(tokens[column][1] + k_block);
+      scales.tokens[column][0] = __ldg(args.x_scales + tokens[column][0] + k_block);
+      scales.tokens[column][1] = __ldg(args.x_scales + tokens[column][1] + k_block);
     }
   }
 };
@@ -137,33 +147,41 @@ __device__ __forceinline__ void AddScaled(const float (&box)[kColumns][4], const
   }
 }
 
-// One tile of one consumer warp: all of k, then the epilogue. `stage` and `phase` run on.
+// One tile of one consumer warp: all of k, then the epilogue. `ordinal`: of the item among the CTA's.
+
 template <ExpertType kType, int kWarps, bool kGateUp, int kColumns>
 __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kWarps>& shared,
-                                            const ExpertTile& tile, int row_tile, int warp, int lane,
-                                            int& stage, uint32_t& phase) {
+                                            const ExpertTile& tile, int row_tile, int ordinal, int warp,
+                                            int lane) {
   using S = Shape<kWarps>;
   const GroupedGemmArgs& args = params.args;
   const int row = warp * 16 + (lane & 15);
   const int row16 = row_tile * S::kRows + warp * 16;
   const uint32_t token_offset = (lane & 7) * kTokenPitch + (lane >> 3) * 16;
   float sums[kColumns][4] = {};
+  const int group = ordinal % kGroups;
+  int step = ordinal * ((params.k_bytes + kStageK - 1) / kStageK);  // of the ring of stages
+  int stage = step % S::kStages;
   auto consume = [&](auto&& multiply) {  // calls multiply(weights, tokens, first byte of k) per stage
     for (int k0 = 0; k0 < params.k_bytes; k0 += kStageK) {
       multiply(ptx::SmemAddress(shared.weights[stage]) + row * 128,
                ptx::SmemAddress(shared.tokens[stage]) + token_offset, k0);
       __syncwarp();  // every lane has read the stage
       if (lane == 0) ptx::BarrierArrive(ptx::SmemAddress(&shared.empty[stage]));
-      if (++stage == S::kStages) {
-        stage = 0;
-        phase ^= 1;
-      }
+      stage = ++step % S::kStages;
     }
+    if (lane == 0) ptx::BarrierArrive(ptx::SmemAddress(&shared.turn[1 - group]));
   };
-  auto wait = [&] { ptx::BarrierWait(ptx::SmemAddress(&shared.full[stage]), phase); };
+  auto wait = [&](int k0) {
+    // Until the other group has read the stages before these, a barrier may stand a whole round earlier,
+    // where its parity would mislead. Group 0's n-th item follows group 1's (n - 1)-th, group 1's n-th group
+    // 0's n-th.
+    if (k0 == 0) ptx::BarrierWait(ptx::SmemAddress(&shared.turn[group]), (ordinal / kGroups + 1 - group) & 1);
+    ptx::BarrierWait(ptx::SmemAddress(&shared.full[stage]), (step / S::kStages) & 1);
+  };
   if constexpr (kType == ExpertType::kBf16) {
     consume([&](uint32_t weights, uint32_t tokens, int k0) {
-      wait();
+      wait(k0);
       if (params.k_bytes - k0 >= kStageK) {
 #pragma unroll
         for (int box = 0; box < kBoxes; ++box) {
@@ -180,18 +198,26 @@ __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kWarps>
     const ScaleReader<kGateUp, kColumns> reader(args, tile, min(row16, args.rows - 16), lane);
     consume([&](uint32_t weights, uint32_t tokens, int k0) {
       const int boxes = min((params.k_bytes - k0) / kBoxK, kBoxes);
-      BoxScales<kColumns> scales[kBoxes];
+      // The first boxes' scales are asked for before the wait, which hides them; the rest lie in the same
+      // cache lines.
+      constexpr int kAhead = kColumns == 1 ? 2 : 1;
+      BoxScales<kColumns> scales[kAhead];
 #pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {  // asked for before the wait, which hides them
-        if (box < boxes) reader.Read(k0 / kBoxK + box, scales[box]);
+      for (int box = 0; box < kAhead; ++box) {
+        if (box < boxes) reader.Read(args, k0 / kBoxK + box, scales[box]);
       }
-      wait();
+      wait(k0);
+#pragma unroll 1  // unrolled whole, it would hold the scales of all boxes at once
+      for (int base = 0; base < boxes; base += kAhead) {
 #pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {
-        if (box >= boxes) break;
-        float part[kColumns][4] = {};
-        MultiplyBox<kType>(weights + box * S::kBoxBytes, tokens + box * kBoxK, row, lane, kBoxK, part);
-        AddScaled(part, scales[box], sums);
+        for (int i = 0; i < kAhead; ++i) {
+          const int box = base + i;
+          if (box >= boxes) break;
+          float part[kColumns][4] = {};
+          MultiplyBox<kType>(weights + box * S::kBoxBytes, tokens + box * kBoxK, row, lane, kBoxK, part);
+          AddScaled(part, scales[i], sums);
+          if (box + kAhead < boxes) reader.Read(args, k0 / kBoxK + box + kAhead, scales[i]);
+        }
       }
     });
   }
@@ -273,39 +299,41 @@ __global__ void __launch_bounds__(Shape<kWarps>::kThreads, 1)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const GroupedGemmArgs& args = params.args;
-  if (warp == kWarps) {
+  if (warp == kGroups * kWarps) {
     if (lane == 0) {
       ptx::TensorMapPrefetch(&map);
       for (int i = 0; i < S::kStages; ++i) {
         ptx::BarrierInit(ptx::SmemAddress(&shared.full[i]), 1);
         ptx::BarrierInit(ptx::SmemAddress(&shared.empty[i]), kWarps);
       }
+      for (int i = 0; i < kGroups; ++i) ptx::BarrierInit(ptx::SmemAddress(&shared.turn[i]), kWarps);
       ptx::BarrierInitFence();
     }
     __syncwarp();
     BuildExpertTiles<kTileTokens>(args.expert_offsets, args.num_experts, lane, shared.prefix);
   }
   __syncthreads();  // barriers and tile list are ready
-  if (warp == kWarps) {
+  if (warp == kGroups * kWarps) {
     Produce<kType, kWarps>(params, &map, shared, lane);
     return;
   }
   const int num_items = shared.prefix[args.num_experts] * params.row_tiles;
-  int stage = 0;
-  uint32_t phase = 0;
-  for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+  const int first = warp / kWarps;
+  for (int ordinal = first; static_cast<int>(blockIdx.x + ordinal * gridDim.x) < num_items;
+       ordinal += kGroups) {
+    const int item = blockIdx.x + ordinal * gridDim.x;
     const ExpertTile tile = FindExpertTile<kTileTokens>(args.expert_offsets, args.num_experts, shared.prefix,
                                                         item / params.row_tiles);
     const int row_tile = item % params.row_tiles;
     switch ((tile.num_tokens + 7) / 8) {
       case 1:
-        ConsumeTile<kType, kWarps, kGateUp, 1>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        ConsumeTile<kType, kWarps, kGateUp, 1>(params, shared, tile, row_tile, ordinal, warp % kWarps, lane);
         break;
       case 2:
-        ConsumeTile<kType, kWarps, kGateUp, 2>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        ConsumeTile<kType, kWarps, kGateUp, 2>(params, shared, tile, row_tile, ordinal, warp % kWarps, lane);
         break;
       default:
-        ConsumeTile<kType, kWarps, kGateUp, 4>(params, shared, tile, row_tile, warp, lane, stage, phase);
+        ConsumeTile<kType, kWarps, kGateUp, 4>(params, shared, tile, row_tile, ordinal, warp % kWarps, lane);
     }
   }
 }

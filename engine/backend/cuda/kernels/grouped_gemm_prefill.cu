@@ -35,7 +35,11 @@ struct alignas(1024) Shared {
   uint8_t tokens[kStages][kTileTokens<kType> * 128];
   uint8_t out[kConsumers]
              [kTileTokens<kType> * 128];  // [token][64 outputs] bf16, chunks swizzled by token % 8
-  float x_scales[kType == ExpertType::kE4m3 ? kStages : 1][kTileTokens<kType>];  // of the stage's block of k
+  float slot_scales[kConsumers][kTileTokens<kType>];  // of the consumer's tile
+  // e4m3: of the stage's block of k.
+  float x_scales[kType == ExpertType::kE4m3 ? kStages : 1]
+                [kType == ExpertType::kE4m3 ? kTileTokens<kType> : 1];
+
   uint64_t full[kStages];   // 1 + 128 producer arrivals and the weights' bytes
   uint64_t empty[kStages];  // every consumer warp has finished reading
   int32_t prefix[kGroupedGemmExpertsMax + 1];
@@ -138,23 +142,19 @@ __device__ __forceinline__ uint32_t OutAddress(uint32_t base, int token, int chu
 }
 
 // Copies the staged [kColumns tokens][64 outputs] to global rows, from output `first` on; `count` of them
-// exist.
+// exist. Warp w writes tokens 32 w .. 32 w + 31; lane l brings the output row of token 32 w + l.
 template <int kColumns>
-__device__ __forceinline__ void WriteOut(const GroupedGemmArgs& args, const ExpertTile& tile, uint32_t staged,
-                                         int thread, int first, int count) {
-#pragma unroll 4
-  for (int i = thread; i < kColumns * 8; i += 128) {
-    const int token = i / 8;
-    const int chunk = i % 8;
-    if (token >= tile.num_tokens || chunk * 8 >= count) continue;
-    const int slot = tile.first_slot + token;
-    const int64_t out_row = args.out_rows != nullptr ? __ldg(args.out_rows + slot) : slot;
-    uint4 value;
-    const uint32_t address = OutAddress(staged, token, chunk);
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(address));
-    *reinterpret_cast<uint4*>(args.out + out_row * args.out_stride + first + chunk * 8) = value;
+__device__ __forceinline__ void WriteOut(const GroupedGemmArgs& args, int num_tokens, uint32_t staged,
+                                         int warp, int lane, int64_t out_row, int first, int count) {
+  if (warp * 32 >= kColumns) return;
+  const int chunk = lane % 8;
+#pragma unroll
+  for (int i = 0; i < 32; i += 4) {
+    const int token = warp * 32 + i + lane / 8;
+    const int64_t row = __shfl_sync(0xffffffffu, out_row, i + lane / 8);
+    if (token >= num_tokens || chunk * 8 >= count) continue;
+    const uint4 value = ptx::LoadShared16(OutAddress(staged, token, chunk));
+    *reinterpret_cast<uint4*>(args.out + row * args.out_stride + first + chunk * 8) = value;
   }
 }
 
@@ -257,6 +257,14 @@ __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kType>&
                                             Stage& stage) {
   const GroupedGemmArgs& args = params.args;
   const int row0 = row_tile * kTileRows + group * kRowsPerConsumer;
+  // Thread t looks up what belongs to token t now: the loads pass while the tensor cores work.
+  int64_t out_row = 0;
+  float slot_scale = 1.0f;
+  if (thread < tile.num_tokens) {
+    const int slot = tile.first_slot + thread;
+    out_row = args.out_rows != nullptr ? __ldg(args.out_rows + slot) : slot;
+    if (!kGateUp && args.slot_scale != nullptr) slot_scale = __ldg(args.slot_scale + slot);
+  }
   float sums[kBlocks][kColumns / 2] = {};  // zeroed: left undefined, ptxas keeps all widths live at once
   if constexpr (kType == ExpertType::kBf16) {
     MultiplyBf16<kColumns>(params, shared, group, thread, stage, sums);
@@ -286,26 +294,25 @@ __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kType>&
       }
     }
     ptx::NamedBarrierSync(barrier, 128);  // `staged` is whole
-    WriteOut<kColumns>(args, tile, staged, thread, row0 / 2, (args.rows - row0) / 2);
+    WriteOut<kColumns>(args, tile.num_tokens, staged, warp, lane, out_row, row0 / 2, (args.rows - row0) / 2);
   } else {
+    // The previous tile's scales have been read: its last barrier came after.
+    if (thread < kColumns) shared.slot_scales[group][thread] = slot_scale;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      ptx::NamedBarrierSync(barrier, 128);  // the previous block or tile has left `staged`
+      ptx::NamedBarrierSync(barrier,
+                            128);  // the previous block or tile has left `staged`; the scales are there
+
 #pragma unroll
       for (int j = 0; j < kColumns / 8; j += 2) {
         uint32_t packed[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float* d = sums[block] + (j + i) * 4;
-          float scale0 = 1.0f;
-          float scale1 = 1.0f;
-          if (args.slot_scale != nullptr) {
-            const int token = (j + i) * 8 + 2 * (lane & 3);
-            if (token < tile.num_tokens) scale0 = __ldg(args.slot_scale + tile.first_slot + token);
-            if (token + 1 < tile.num_tokens) scale1 = __ldg(args.slot_scale + tile.first_slot + token + 1);
-          }
-          packed[2 * i] = ptx::PackBf16(d[0] * scale0, d[1] * scale1);
-          packed[2 * i + 1] = ptx::PackBf16(d[2] * scale0, d[3] * scale1);
+          const float2 scale =
+              *reinterpret_cast<const float2*>(&shared.slot_scales[group][(j + i) * 8 + 2 * (lane & 3)]);
+          packed[2 * i] = ptx::PackBf16(d[0] * scale.x, d[1] * scale.y);
+          packed[2 * i + 1] = ptx::PackBf16(d[2] * scale.x, d[3] * scale.y);
         }
         // Fragments: tokens j..j+7 rows 0-7, the same rows 8-15, tokens j+8.. rows 0-7, rows 8-15.
         const int token = (j + lane / 16) * 8 + lane % 8;
@@ -313,7 +320,8 @@ __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kType>&
                                     packed[2], packed[3]);
       }
       ptx::NamedBarrierSync(barrier, 128);  // `staged` is whole
-      WriteOut<kColumns>(args, tile, staged, thread, row0 + block * 64, args.rows - row0 - block * 64);
+      WriteOut<kColumns>(args, tile.num_tokens, staged, warp, lane, out_row, row0 + block * 64,
+                         args.rows - row0 - block * 64);
     }
   }
 }

@@ -133,6 +133,15 @@ __device__ __forceinline__ void StoreMatrix4Transposed(uint32_t address, uint32_
                : "memory");
 }
 
+__device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 // d[16x8] += a[16x16] b[16x8], bf16 products, fp32 sums.
 __device__ __forceinline__ void Mma16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
