@@ -77,8 +77,9 @@ __global__ void __launch_bounds__(32 * kWarps) GroupedGemm(GroupedGemmArgs args)
   const int lane = threadIdx.x % 32;
   const int64_t x_row = args.x_rows == nullptr ? slot : args.x_rows[slot];
   const int64_t out_row = args.out_rows == nullptr ? slot : args.out_rows[slot];
-  const bf16* const x = args.x + x_row * args.x_stride;
-  const bf16* const weights = args.weights + static_cast<int64_t>(expert) * args.rows * args.k;
+  const bf16* const x = static_cast<const bf16*>(args.x) + x_row * args.x_stride;
+  const bf16* const weights =
+      static_cast<const bf16*>(args.weights) + static_cast<int64_t>(expert) * args.rows * args.k;
   const bool gated = args.matrix == ExpertMatrix::kGateUp;
   for (int r = blockIdx.y * kWarps + threadIdx.x / 32; r < (gated ? args.rows / 2 : args.rows);
        r += gridDim.y * kWarps) {
