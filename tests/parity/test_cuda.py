@@ -14,6 +14,7 @@ VARIANTS = ["v1-head-96", "v2", "v2-rotary-dim", "v2-yarn", "v2-fp8", "v2-fp8-wh
 BOUND = 0.05  # 3 layers of roundings of half a bf16 ulp, 2^-9, on inputs that add up
 ROWS_WITHIN = 0.85  # two rounded runs flip a choice more often than one against the exact reference
 FP8_BOUND = 0.2  # experts' inputs in e4m3 too: 4 bits of mantissa, an error of 2^-4 at most, averaged over the sum
+FP8_ROWS_WITHIN = 0.75  # the rounding of inputs changes the choice of experts more often
 NOISE = 0.05  # of a row's largest logit: a top-2 gap above this must not change the likeliest token
 
 
@@ -38,7 +39,7 @@ def assert_close(got, want, what, bound=BOUND):
     same = got.argmax(axis=1) == want.argmax(axis=1)
     print(f"{what}: median {np.median(errors):.4f}, largest {errors.max():.4f}, within {bound}: "
           f"{np.mean(errors <= bound):.3f}; {clear.sum()} of {len(want)} rows have a clear likeliest token")
-    assert np.mean(errors <= bound) >= ROWS_WITHIN
+    assert np.mean(errors <= bound) >= (ROWS_WITHIN if bound == BOUND else FP8_ROWS_WITHIN)
     assert clear.sum() >= len(want) // 20 and same[clear].all()
 
 

@@ -172,7 +172,8 @@ __device__ __forceinline__ int DrawFromSorted(const DrawRow& draw, float best, d
     return exp(Exponent(LogitOf(shared.candidates[i]), best, inverse_temperature));
   };
   int count = shared.num_candidates;
-  bool open = !all_gathered;  // more may belong to the set
+  if (draw.top_k > count && !all_gathered) return -1;  // the weight of the top_k is not known here
+  bool open = !all_gathered;                           // more may belong to the set
   if (draw.top_k > 0 && (draw.top_k <= count || all_gathered)) {
     open = false;
     if (draw.top_k < count) {
