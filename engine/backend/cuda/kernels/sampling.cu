@@ -74,48 +74,6 @@ __device__ __forceinline__ double SumRuns(const float* logits, int begin, int en
   return total;
 }
 
-// Nothing is cut: the first id whose running sum of weights, in id order, exceeds uniform * total.
-__device__ __forceinline__ void DrawFromAll(const float* logits, const DrawRow& draw, float best,
-                                            int32_t* token, Shared& shared) {
-  const double inverse_temperature = draw.inverse_temperature;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int run = (draw.num_tokens + kThreads - 1) / kThreads * 32;
-  const int begin = min(warp * run, draw.num_tokens);
-  const int end = min(begin + run, draw.num_tokens);
-  const double target = draw.uniform * SumRuns(logits, begin, end, best, inverse_temperature, shared);
-  double below = 0;
-  int owner =
-      -1;  // the run in which the sum passes the target; rounding may leave none: then the last with weight
-  for (int w = 0; w < kWarps; ++w) {
-    if (shared.sums[w] <= 0) continue;
-    owner = w;
-    if (below + shared.sums[w] > target) break;
-    below += shared.sums[w];
-  }
-  if (warp != owner) return;
-  int last = -1;  // with weight
-  for (int base = begin; base < end; base += 32) {
-    const int i = base + lane;
-    const double exponent = i < end ? Exponent(logits[i], best, inverse_temperature) : kCut - 1;
-    const double weight = exponent >= kCut ? exp(exponent) : 0;
-    double running = weight;  // of lanes up to this one
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const double lower = __shfl_up_sync(kFullWarp, running, offset);
-      if (lane >= offset) running += lower;
-    }
-    const unsigned with_weight = __ballot_sync(kFullWarp, weight > 0);
-    const unsigned passed = __ballot_sync(kFullWarp, weight > 0 && below + running > target);
-    if (with_weight != 0) last = base + 31 - __clz(with_weight);
-    if (passed != 0) {
-      last = base + __ffs(passed) - 1;
-      break;
-    }
-    below += __shfl_sync(kFullWarp, running, 31);
-  }
-  if (lane == 0) *token = last;
-}
-
 // Gathers the likeliest candidates, as many whole bins as fit, sorted. False if the first bin alone is too
 // much.
 __device__ __forceinline__ bool Gather(const float* logits, const DrawRow& draw, float best,
@@ -165,22 +123,21 @@ __device__ __forceinline__ bool Gather(const float* logits, const DrawRow& draw,
   return true;
 }
 
-// One thread. `total` is the weight of all, `all_gathered` says that nothing lies beyond the candidates.
-__device__ __forceinline__ int DrawFromSorted(const DrawRow& draw, float best, double inverse_temperature,
-                                              double total, bool all_gathered, const Shared& shared) {
+// One thread. `total` is the weight of all, `all_gathered` says that nothing lies beyond the candidates. The
+// draw runs from the likeliest candidate down, as in sampler.cc.
+__device__ __forceinline__ int DrawFromSorted(const DrawRow& draw, float best, double total,
+                                              bool all_gathered, const Shared& shared) {
   const auto weight = [&](int i) {
-    return exp(Exponent(LogitOf(shared.candidates[i]), best, inverse_temperature));
+    return exp(Exponent(LogitOf(shared.candidates[i]), best, draw.inverse_temperature));
   };
   int count = shared.num_candidates;
-  if (draw.top_k > count && !all_gathered) return -1;  // the weight of the top_k is not known here
-  bool open = !all_gathered;                           // more may belong to the set
-  if (draw.top_k > 0 && (draw.top_k <= count || all_gathered)) {
+  bool open = !all_gathered;                  // more may belong to the set
+  if (draw.top_k > count && open) return -1;  // the weight of the top_k is not known here
+  if (draw.top_k > 0 && (draw.top_k < count || open)) {
+    count = draw.top_k;
     open = false;
-    if (draw.top_k < count) {
-      count = draw.top_k;
-      total = 0;
-      for (int i = 0; i < count; ++i) total += weight(i);
-    }
+    total = 0;
+    for (int i = 0; i < count; ++i) total += weight(i);
   }
   if (draw.top_p < 1 || draw.min_p > 0) {
     const double mass = static_cast<double>(draw.top_p) * total;
@@ -192,18 +149,18 @@ __device__ __forceinline__ int DrawFromSorted(const DrawRow& draw, float best, d
       kept += next;
       ++keep;
     }
-    if (keep < count || kept >= mass) open = false;
+    if (open && keep == count && kept < mass) return -1;
+    open = false;
     count = keep;
     total = kept;
   }
-  if (open) return -1;
   const double target = draw.uniform * total;
   double below = 0;
-  for (int i = 0; i + 1 < count; ++i) {
+  for (int i = 0; i < (open ? count : count - 1); ++i) {
     below += weight(i);
     if (below > target) return IdOf(shared.candidates[i]);
   }
-  return IdOf(shared.candidates[count - 1]);
+  return open ? -1 : IdOf(shared.candidates[count - 1]);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) Draw(DrawArgs args) {
@@ -217,8 +174,6 @@ __global__ void __launch_bounds__(kThreads, 1) Draw(DrawArgs args) {
     return;
   }
   const float best = LogitOf(first);
-  if (draw.top_k <= 0 && draw.top_p >= 1 && draw.min_p <= 0)
-    return DrawFromAll(logits, draw, best, token, shared);
   const double inverse_temperature = draw.inverse_temperature;
   const int run = (draw.num_tokens + kThreads - 1) / kThreads * 32;
   const int begin = min(static_cast<int>(threadIdx.x / 32) * run, draw.num_tokens);
@@ -226,9 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1) Draw(DrawArgs args) {
       SumRuns(logits, begin, min(begin + run, draw.num_tokens), best, inverse_temperature, shared);
   const bool gathered = Gather(logits, draw, best, inverse_temperature, shared);
   if (threadIdx.x != 0) return;
-  *token = gathered
-               ? DrawFromSorted(draw, best, inverse_temperature, total, shared.last_bin == kBins - 1, shared)
-               : -1;
+  *token = gathered ? DrawFromSorted(draw, best, total, shared.last_bin == kBins - 1, shared) : -1;
 }
 
 }  // namespace
