@@ -20,10 +20,10 @@ constexpr int kGroupMax = 8;  // query heads per kv head
 constexpr float kLog2E = 1.4426950408889634f;
 
 // Pages per split of a sequence of `pages` pages: a function of the sequence alone. 4 up to 2k tokens, so
-// that a short sequence still spreads; 8 from 4k on, where ending a split costs more than spreading gains.
+// that a short sequence still spreads; 8 beyond, where ending a split costs more than spreading gains.
 __host__ __device__ constexpr int SplitPages(int pages) {
   const int share = (pages + kSplitsMax - 1) / kSplitsMax;
-  const int wanted = pages <= 32 ? 4 : 8;
+  const int wanted = pages <= 16 ? 4 : 8;
   return share > wanted ? share : wanted;
 }
 __host__ __device__ constexpr int NumPages(int length) { return (length + kPageTokens - 1) / kPageTokens; }
@@ -268,7 +268,6 @@ __device__ __forceinline__ void LeaveIn(Shared<kHeadDim>& shared, int slot, int 
 template <int kHeadDim>
 __device__ __forceinline__ void MergeSplits(const Params& params, const Item& item, int group, int warp,
                                             int lane) {
-  constexpr int kDims = kHeadDim / 32;  // per lane: dims lane + 32 d
   const Workspace& w = params.workspace;
   const int64_t unit = static_cast<int64_t>(item.seq) * params.args.num_kv_heads + item.kv_head;
   for (int head = warp; head < group; head += kWarps) {
@@ -283,22 +282,26 @@ __device__ __forceinline__ void MergeSplits(const Params& params, const Item& it
     total *= weight;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
-    float sums[kDims] = {};
-    const float* parts = w.sums + first * kHeadDim + lane;
+    const int dim = lane * 4 < kHeadDim ? lane * 4 : 0;  // of this lane's four; lanes beyond repeat the first
+    float4 sum = make_float4(0, 0, 0, 0);
+    const float* parts = w.sums + first * kHeadDim + dim;
 #pragma unroll 8
     for (int split = 0; split < item.num_splits; ++split) {
       const float split_weight = __shfl_sync(0xffffffffu, weight, split);
-#pragma unroll
-      for (int d = 0; d < kDims; ++d) {
-        sums[d] = fmaf(split_weight, __ldcg(parts + static_cast<int64_t>(split) * group * kHeadDim + d * 32),
-                       sums[d]);
-      }
+      const float4 part =
+          __ldcg(reinterpret_cast<const float4*>(parts + static_cast<int64_t>(split) * group * kHeadDim));
+      sum.x = fmaf(split_weight, part.x, sum.x);
+      sum.y = fmaf(split_weight, part.y, sum.y);
+      sum.z = fmaf(split_weight, part.z, sum.z);
+      sum.w = fmaf(split_weight, part.w, sum.w);
     }
+    if (lane * 4 >= kHeadDim) continue;
     const float inverse = 1.0f / total;
-    __nv_bfloat16* out = params.args.out + item.seq * params.args.out_stride +
-                         static_cast<int64_t>(item.kv_head * group + head) * kHeadDim + lane;
-#pragma unroll
-    for (int d = 0; d < kDims; ++d) out[d * 32] = __float2bfloat16(sums[d] * inverse);
+    auto* out =
+        reinterpret_cast<uint32_t*>(params.args.out + item.seq * params.args.out_stride +
+                                    static_cast<int64_t>(item.kv_head * group + head) * kHeadDim + dim);
+    out[0] = ptx::PackBf16(sum.x * inverse, sum.y * inverse);
+    out[1] = ptx::PackBf16(sum.z * inverse, sum.w * inverse);
   }
 }
 

@@ -16,6 +16,8 @@ namespace {
 constexpr int kTileRows = 256;
 constexpr int kStageK = 128;  // bytes of k: one swizzle row; of e4m3, one block of scales
 constexpr int kStages = 4;
+constexpr int kLag =
+    1;  // stages of token copies under way while the next is asked for; must stay below kStages - 1
 constexpr int kWeightBytes = kTileRows * 128;
 
 constexpr int kConsumers = 2;  // warpgroups
@@ -79,7 +81,8 @@ __device__ __forceinline__ void Produce(const Params& params, const CUtensorMap*
   const int chunk = thread % 8;
   const uint32_t target = (thread / 8) * 128 + ((chunk ^ (thread / 8 % 8)) << 4);
   Stage stage;
-  int signalled = -1;  // the stage whose copies are under way but not yet announced
+  int issued = 0;  // stages; the last kLag of them are not announced yet
+
   for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
     const ExpertTile tile = FindExpertTile<kTileTokens<kType>>(args.expert_offsets, args.num_experts,
                                                                shared.prefix, item / params.row_tiles);
@@ -120,19 +123,19 @@ __device__ __forceinline__ void Produce(const Params& params, const CUtensorMap*
         ptx::CopyAsync4(ptx::SmemAddress(&shared.x_scales[stage.index][thread]), x_scales + k0 / kStageK);
       }
       ptx::CopyAsyncCommit();
-      if (signalled >= 0) {
-        ptx::CopyAsyncWait<1>();
+      if (issued >= kLag) {
+        ptx::CopyAsyncWait<kLag>();
         ptx::FenceAsyncProxy();  // wgmma reads what these ordinary copies wrote
-        ptx::BarrierArrive(ptx::SmemAddress(&shared.full[signalled]));
+        ptx::BarrierArrive(ptx::SmemAddress(&shared.full[(issued - kLag) % kStages]));
       }
-      signalled = stage.index;
+      ++issued;
       stage.Advance();
     }
   }
-  if (signalled >= 0) {
-    ptx::CopyAsyncWait<0>();
-    ptx::FenceAsyncProxy();
-    ptx::BarrierArrive(ptx::SmemAddress(&shared.full[signalled]));
+  ptx::CopyAsyncWait<0>();
+  ptx::FenceAsyncProxy();
+  for (int i = max(issued - kLag, 0); i < issued; ++i) {
+    ptx::BarrierArrive(ptx::SmemAddress(&shared.full[i % kStages]));
   }
 }
 
