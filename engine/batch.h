@@ -2,12 +2,24 @@
 // One engine step, as a backend sees it: plain data, no scheduler, no requests.
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "engine/kv/layout.h"
 
 namespace millrace::engine {
+
+// How the token after a segment is drawn, by the rules of engine/sampling/sampler.h. What those rules do to
+// logits first (penalties, biases, masks), and log-probabilities, is not for backends.
+struct DrawParams {
+  double uniform = 0;  // [0, 1)
+  float temperature = 1;
+  float top_p = 1;
+  float min_p = 0;
+  int32_t top_k = 0;
+  int32_t num_tokens = 0;  // ids from here on are never drawn
+};
 
 // A run of consecutive new tokens of one sequence. Their K and V are written to the sequence's pages; each
 // attends to everything before it in the sequence and to itself.
@@ -22,6 +34,8 @@ struct Segment {
   // Somebody outside reads the pages that this segment writes: their bytes in kv_memory() are final, layer by
   // layer, before LayerDone tells of the layer.
   bool exported = false;
+  // With num_logits = 1: a backend that can may draw the token itself and leave the logits where they are.
+  std::optional<DrawParams> draw = {};
 };
 
 // A run of rows of the MTP layer alone, whose main layers have run in earlier Forwards. Their K and V of that
@@ -42,6 +56,9 @@ struct StepOutput {
   std::span<const float> logits;      // [sum of num_logits, vocab_size], in segment order
   std::span<const float> mtp_logits;  // [rows with logits and a next token, vocab_size]
   std::span<const float> hidden;      // [sum of num_logits, hidden_size], final; empty without an MTP layer
+  // Per row of `logits` the token drawn, and then that row of logits is not valid; or -1, or empty: not
+  // drawn.
+  std::span<const int32_t> drawn = {};
 };
 
 }  // namespace millrace::engine

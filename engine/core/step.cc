@@ -5,10 +5,32 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/random.h"
 #include "engine/core/engine_core.h"
 #include "engine/sampling/sampler.h"
 
 namespace millrace::engine {
+namespace {
+
+// What a backend needs to draw this sequence's next token; none when only Sample can.
+std::optional<DrawParams> BackendDraw(const Sequence& sequence, int32_t num_vocabulary_tokens) {
+  const SamplingParams& params = sequence.request.sampling;
+  const bool masks = sequence.num_output() < params.min_tokens && !sequence.end_tokens.empty();
+  if (masks || params.num_logprobs >= 0 || !params.logit_bias.empty() || params.repetition_penalty != 1 ||
+      params.presence_penalty != 0 || params.frequency_penalty != 0) {
+    return std::nullopt;
+  }
+  DrawParams draw;
+  draw.uniform = UniformAt(params.seed, static_cast<uint64_t>(sequence.num_output()));
+  draw.temperature = params.temperature;
+  draw.top_p = params.top_p;
+  draw.min_p = params.min_p;
+  draw.top_k = params.top_k;
+  draw.num_tokens = num_vocabulary_tokens;
+  return draw;
+}
+
+}  // namespace
 
 bool EngineCore::Prepare() {
   batch_.segments.clear();
@@ -65,7 +87,12 @@ void EngineCore::BuildBatch() {
     last_batch_tokens_ += run.num_tokens;
     num_logits_ += run.num_tokens == running[static_cast<size_t>(run.slot)]->num_pending() ? 1 : 0;
   }
-  for (const ScheduledRun& run : picked) AddRun(running[static_cast<size_t>(run.slot)], run.num_tokens);
+  for (const ScheduledRun& run : picked) {
+    Sequence* const sequence = running[static_cast<size_t>(run.slot)];
+    AddRun(sequence, run.num_tokens);
+    Segment& segment = batch_.segments.back();
+    if (segment.num_logits == 1) segment.draw = BackendDraw(*sequence, options_.num_vocabulary_tokens);
+  }
 }
 
 Status EngineCore::RunBatch() {
@@ -123,14 +150,19 @@ bool EngineCore::TakeLogits(size_t run, const StepOutput& output, size_t first_r
       ++accepted_tokens_;
     }
     KeepHidden(sequence, output.hidden.subspan(row * hidden_size, hidden_size));
-    SampleInput input;
-    input.logits = output.logits.subspan(row * vocab_size, vocab_size);
-    input.prompt = sequence->prompt();
-    input.output = sequence->output();
-    input.end_tokens = sequence->end_tokens;
-    input.num_tokens_in_vocabulary = options_.num_vocabulary_tokens;
     ++output_tokens_;
-    SampledToken sampled = Sample(input, sequence->request.sampling);
+    SampledToken sampled;
+    if (row < output.drawn.size() && output.drawn[row] >= 0) {
+      sampled.token = output.drawn[row];
+    } else {
+      SampleInput input;
+      input.logits = output.logits.subspan(row * vocab_size, vocab_size);
+      input.prompt = sequence->prompt();
+      input.output = sequence->output();
+      input.end_tokens = sequence->end_tokens;
+      input.num_tokens_in_vocabulary = options_.num_vocabulary_tokens;
+      sampled = Sample(input, sequence->request.sampling);
+    }
     const int32_t token = sampled.token;
     if (!AppendToken(sequence, std::move(sampled), /*send=*/true)) return false;
     if (token != draft) break;

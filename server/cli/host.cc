@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
+#include "engine/backend/cuda/cuda_backend.h"
 #include "engine/model/checkpoint.h"
 
 namespace millrace::server {
@@ -58,6 +59,64 @@ StatusOr<ModelInfo> DescribeModel(const std::string& directory, const std::strin
   return info;
 }
 
+namespace {
+
+StatusOr<std::shared_ptr<const engine::Weights>> LoadWeights(const engine::Checkpoint& checkpoint,
+                                                             const engine::ModelConfig& config,
+                                                             const std::string& digest,
+                                                             const ModelOptions& options) {
+  MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
+  if (options.backend == "cuda") {
+    if (precision != engine::Precision::kBfloat16) {
+      return InvalidArgument("--backend cuda computes in bfloat16; --precision {} is for the CPU",
+                             options.precision);
+    }
+    if (options.quantize != "none") {
+      return InvalidArgument("--backend cuda keeps weights as they are; --quantize {} is for the CPU",
+                             options.quantize);
+    }
+    engine::CudaWeightsOptions load;
+    load.num_threads = options.threads;
+    load.progress = LoadBar();
+    return engine::LoadCudaWeights(checkpoint, config, load);
+  }
+  engine::CpuWeightsOptions load;
+  load.precision = precision;
+  MR_ASSIGN_OR_RETURN(load.quantization, engine::ParseQuantization(options.quantize));
+  load.num_threads = options.threads;
+  load.progress = LoadBar();
+  load.cache_directory = options.weight_cache;
+  load.source_digest = digest + checkpoint.files_identity();
+  return engine::LoadCpuWeights(checkpoint, config, load);
+}
+
+// Whether serving runs the MTP layer: it then has KV pages, which both workers of a hand-over must agree on.
+bool UsesMtp(const LoadedModel& model, const ModelOptions& options) {
+  return options.backend == "cpu" && options.speculate == "auto" && model.config.num_mtp_layers > 0;
+}
+
+// A backend with `num_pages` pages over the model's weights.
+StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model, const ModelOptions& options,
+                                                       int32_t num_pages) {
+  if (options.backend == "cuda") {
+    engine::CudaBackendOptions backend;
+    backend.num_pages = num_pages;
+    backend.batch_tokens_max = options.batch_tokens_max;
+    backend.logit_rows_max = options.running_max;
+    return engine::MakeCudaBackend(model.weights, backend);
+  }
+  engine::CpuBackendOptions backend;
+  backend.num_pages = num_pages;
+  backend.num_threads = options.threads;
+  backend.batch_tokens_max = options.batch_tokens_max;
+  backend.logit_rows_max = options.running_max;
+  backend.with_mtp = UsesMtp(model, options);
+  MR_ASSIGN_OR_RETURN(backend.isa, engine::ParseIsa(options.isa));
+  return engine::MakeCpuBackend(model.weights, backend);
+}
+
+}  // namespace
+
 StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
   LoadedModel model;
   MR_ASSIGN_OR_RETURN(model.config, engine::LoadModelConfig(options.model));
@@ -70,15 +129,8 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
     return InvalidArgument("{}/tokenizer.json: {} tokens, but config.json's vocab_size is {}", options.model,
                            model.tokenizer->size(), model.config.vocab_size);
   }
-  engine::CpuWeightsOptions load;
-  MR_ASSIGN_OR_RETURN(load.precision, engine::ParsePrecision(options.precision));
-  MR_ASSIGN_OR_RETURN(load.quantization, engine::ParseQuantization(options.quantize));
-  load.num_threads = options.threads;
-  load.progress = LoadBar();
   model.digest = engine::ModelDigest(*checkpoint, model.config);
-  load.cache_directory = options.weight_cache;
-  load.source_digest = model.digest + checkpoint->files_identity();
-  MR_ASSIGN_OR_RETURN(model.weights, engine::LoadCpuWeights(*checkpoint, model.config, load));
+  MR_ASSIGN_OR_RETURN(model.weights, LoadWeights(*checkpoint, model.config, model.digest, options));
   model.name = ModelName(options.model, options.model_name);
   LogInfo("model {}: {} layers, {} tokens of context, {:.1f} MB of weights, digest {}", model.name,
           model.config.num_layers, model.config.max_position,
@@ -93,16 +145,11 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
 
 StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions& options,
                                    const HostedWorkerOptions& worker_options, Metrics* metrics) {
-  engine::CpuBackendOptions backend_options;
-  backend_options.num_threads = options.threads;
-  backend_options.batch_tokens_max = options.batch_tokens_max;
-  backend_options.logit_rows_max = options.running_max;
-  MR_ASSIGN_OR_RETURN(backend_options.isa, engine::ParseIsa(options.isa));
   MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
   MR_ASSIGN_OR_RETURN(const size_t kv_bytes, ParseBytes(options.kv_memory));
   engine::KvLayout page;
-  backend_options.with_mtp = options.speculate == "auto" && model.config.num_mtp_layers > 0;
-  page.num_layers = model.config.num_layers + (backend_options.with_mtp ? model.config.num_mtp_layers : 0);
+  const bool with_mtp = UsesMtp(model, options);
+  page.num_layers = model.config.num_layers + (with_mtp ? model.config.num_mtp_layers : 0);
   page.num_kv_heads = model.config.num_kv_heads;
   page.head_dim = model.config.head_dim;
   page.dtype = precision == engine::Precision::kFloat32 ? engine::KvDType::kF32 : engine::KvDType::kBf16;
@@ -111,8 +158,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
     return InvalidArgument("--kv-memory {} holds {} pages of {} bytes; at least 2 are needed",
                            options.kv_memory, pages, page.page_bytes());
   }
-  backend_options.num_pages = static_cast<int32_t>(pages);
-  MR_ASSIGN_OR_RETURN(auto backend, engine::MakeCpuBackend(model.weights, backend_options));
+  MR_ASSIGN_OR_RETURN(auto backend, MakeBackend(model, options, static_cast<int32_t>(pages)));
 
   HostedWorker hosted;
   engine::EngineOptions engine_options;
@@ -122,7 +168,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   engine_options.num_vocabulary_tokens = model.tokenizer->size();
   engine_options.prefix_cache = options.prefix_cache == "on";
   engine_options.model_digest = model.digest;
-  engine_options.speculate = backend_options.with_mtp;
+  engine_options.speculate = with_mtp;
   engine_options.token_gap_target =
       std::chrono::duration_cast<Duration>(std::chrono::duration<double, std::milli>(options.token_gap_ms));
   MR_ASSIGN_OR_RETURN(engine_options.host_tier_bytes, ParseBytes(options.kv_host_memory));

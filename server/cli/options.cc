@@ -69,6 +69,9 @@ void AddModel(CLI::App* command, ModelOptions& model) {
       ->required();
   command->add_option("--model-name", model.model_name,
                       "Name that clients use (default: the directory's name)");
+  command->add_option("--backend", model.backend, "What computes: cpu, or cuda (one Hopper GPU, bfloat16)")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
   command->add_option("--precision", model.precision, "Weights and KV cache: bfloat16 or float32")
       ->capture_default_str();
   command

@@ -14,6 +14,7 @@ namespace millrace::server {
 struct ModelOptions {
   std::string model;       // checkpoint directory
   std::string model_name;  // as clients name it; empty: the directory's name
+  std::string backend = "cpu";
   std::string precision = "bfloat16";
   std::string quantize = "none";
   std::string weight_cache;  // directory; empty: packed weights are made anew at every start

@@ -5,6 +5,7 @@
 // crosses as backend.h says, or the answer is wrong.
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -191,7 +192,11 @@ class FakeBackend final : public Backend {
       }
       if (segment.exported) CopyLayer(device_, memory_, kFakeLayers, Written(segment));
     }
-    return StepOutput{logits_, {}, hidden_};
+    StepOutput output;
+    output.logits = logits_;
+    output.hidden = hidden_;
+    if (draws_.load()) DrawGreedy(batch, &output);
+    return output;
   }
 
   StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments) override {
@@ -222,6 +227,8 @@ class FakeBackend final : public Backend {
   // computed for another continuation of the same text and does not count.
   int32_t wrong_mtp_rows() const { return wrong_mtp_rows_; }
 
+  // Test thread. Greedy tokens are drawn here from now on, and their logits spoilt.
+  void DrawGreedyTokens() { draws_.store(true); }
   // Test thread. From now on a Forward stops at its start until let through.
   void Close() {
     std::lock_guard lock(mutex_);
@@ -261,6 +268,21 @@ class FakeBackend final : public Backend {
     changed_.notify_all();
   }
 
+  void DrawGreedy(const Batch& batch, StepOutput* output) {
+    drawn_.clear();
+    for (const Segment& segment : batch.segments) {
+      for (int32_t i = 1; i < segment.num_logits; ++i) drawn_.push_back(-1);
+      if (segment.num_logits == 0) continue;
+      const auto row = std::span(logits_).subspan(drawn_.size() * kFakeVocabSize, kFakeVocabSize);
+      drawn_.push_back(-1);
+      if (!segment.draw.has_value() || segment.draw->temperature > 0) continue;
+      const auto drawable = row.first(static_cast<size_t>(segment.draw->num_tokens));
+      drawn_.back() =
+          static_cast<int32_t>(std::max_element(drawable.begin(), drawable.end()) - drawable.begin());
+      std::fill(row.begin(), row.end(), 0.0f);
+    }
+    output->drawn = drawn_;
+  }
   Status CopyFailure() const {
     std::lock_guard lock(mutex_);
     return copy_failure_;
@@ -320,6 +342,8 @@ class FakeBackend final : public Backend {
   std::vector<float> logits_;
   std::vector<float> hidden_;
   int32_t wrong_mtp_rows_ = 0;  // engine thread
+  std::vector<int32_t> drawn_;
+  std::atomic<bool> draws_{false};
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

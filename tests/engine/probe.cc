@@ -2,14 +2,14 @@
 // reference. One request object per line of standard input, one answer object per line of standard output, in
 // order. Every answer has "ok"; a failure has "code" and "error" and changes nothing. Requests, by "op":
 //
-//   load        directory [precision quantize weight_cache isa threads num_pages batch_tokens_max
-//   logit_rows_max]
+//   load        directory [backend ("cpu" or "cuda") precision quantize weight_cache isa threads num_pages
+//               batch_tokens_max logit_rows_max]
 //               -> describe digest unused num_layers num_mtp_layers num_kv_layers vocab_size max_position
 //               eos_token_ids
 //   forward     segments: [{tokens position [num_logits pages next_tokens]}]
 //               -> logits mtp_logits (a list per row) layers (in the order in which their KV was done)
 //                  router (layer -> per row, the chosen experts in order of choice; the MTP layer is the
-//                  last) num_logits is 1 and pages are 0, 1, 2... when left out
+//                  last; CPU only) num_logits is 1 and pages are 0, 1, 2... when left out
 //   reset       -> KV memory zeroed
 //   load_tokenizer  directory -> size chat_format
 //   tokenize    text [parse_special] -> ids
@@ -27,6 +27,7 @@
 #include "base/json.h"
 #include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
+#include "engine/backend/cuda/cuda_backend.h"
 #include "engine/model/checkpoint.h"
 #include "engine/model/config.h"
 #include "engine/tokenizer/chat_format.h"
@@ -158,12 +159,23 @@ class Probe {
     const std::string digest = ModelDigest(*checkpoint, config);
     weights_options.cache_directory = cache.value_or("");
     weights_options.source_digest = digest + checkpoint->files_identity();
-    MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights,
-                        LoadCpuWeights(*checkpoint, config, weights_options));
-    MR_ASSIGN_OR_RETURN(backend_, MakeCpuBackend(std::move(weights), options));
-    SetRouterTrace(*backend_, [this](int32_t layer, int32_t, std::span<const int32_t> experts) {
-      router_[std::to_string(layer)].push_back(experts);
-    });
+    MR_ASSIGN_OR_RETURN(const std::optional<std::string> backend, GetString(request, "backend"));
+    if (backend.value_or("cpu") == "cuda") {
+      CudaBackendOptions cuda;
+      cuda.num_pages = options.num_pages;
+      cuda.batch_tokens_max = options.batch_tokens_max;
+      cuda.logit_rows_max = options.logit_rows_max;
+      cuda.with_mtp = true;
+      MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights, LoadCudaWeights(*checkpoint, config, {}));
+      MR_ASSIGN_OR_RETURN(backend_, MakeCudaBackend(std::move(weights), cuda));
+    } else {
+      MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights,
+                          LoadCpuWeights(*checkpoint, config, weights_options));
+      MR_ASSIGN_OR_RETURN(backend_, MakeCpuBackend(std::move(weights), options));
+      SetRouterTrace(*backend_, [this](int32_t layer, int32_t, std::span<const int32_t> experts) {
+        router_[std::to_string(layer)].push_back(experts);
+      });
+    }
     return Json{{"describe", backend_->Describe()},
                 {"digest", digest},
                 {"unused", unused},

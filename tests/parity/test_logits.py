@@ -23,6 +23,7 @@ def row_errors(got, want):
 
 class Case:
     def __init__(self, variant, directory, tokens=150, seed=3):
+        self.variant = variant
         self.directory = str(directory)
         self.config, self.values = checkpoints.make(variant, self.directory)
         self.tokens = [int(t) for t in np.random.default_rng(seed).integers(0, 256, tokens)]
