@@ -12,8 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/latency_histogram.h"
 #include "base/net.h"
-#include "server/cli/latency_histogram.h"
 #include "server/cli/transfer_bench_control.h"
 #include "server/cli/transfer_bench_memory.h"
 #include "transfer/transfer.h"

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "base/latency_histogram.h"
 #include "base/random.h"
-#include "server/cli/latency_histogram.h"
 #include "server/cli/transfer_bench_control.h"
 #include "server/cli/transfer_bench_pattern.h"
 

@@ -1,6 +1,7 @@
 #pragma once
 // Latencies in nanoseconds, in buckets whose width is under 1 % of their value (the log-linear layout of
-// HdrHistogram: Tene 2012). Fixed memory; one thread records, Merge joins.
+// HdrHistogram: Tene 2012). Fixed memory; one thread
+// records, Merge joins.
 
 #include <algorithm>
 #include <bit>
@@ -9,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace millrace::server {
+namespace millrace {
 
 class LatencyHistogram {
  public:
@@ -18,15 +19,26 @@ class LatencyHistogram {
     ++counts_[BucketOf(value)];
     ++count_;
     max_ = std::max(max_, value);
+    sum_ += static_cast<double>(value);
   }
 
   void Merge(const LatencyHistogram& other) {
     for (size_t i = 0; i < counts_.size(); ++i) counts_[i] += other.counts_[i];
     count_ += other.count_;
     max_ = std::max(max_, other.max_);
+    sum_ += other.sum_;
   }
 
   uint64_t count() const { return count_; }
+  double mean() const { return count_ == 0 ? 0 : sum_ / static_cast<double>(count_); }  // exact
+
+  // Calls f(largest value of the bucket, count) for every bucket that is not empty, in ascending order.
+  template <typename F>
+  void ForEachBucket(F f) const {
+    for (size_t i = 0; i < counts_.size(); ++i) {
+      if (counts_[i] > 0) f(std::min(max_, LastOf(i)), counts_[i]);
+    }
+  }
 
   // The smallest recorded value (to a bucket's width) that `percent` of all values do not exceed; 0 when
   // there is none. 100 gives the exact maximum.
@@ -61,6 +73,7 @@ class LatencyHistogram {
   std::vector<uint64_t> counts_ = std::vector<uint64_t>((64 - kSubBits + 1) * kSub);
   uint64_t count_ = 0;
   uint64_t max_ = 0;
+  double sum_ = 0;
 };
 
-}  // namespace millrace::server
+}  // namespace millrace
