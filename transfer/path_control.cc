@@ -55,9 +55,10 @@ uint64_t PathControl::Window() const {
   return static_cast<uint64_t>(2 * pipe) + SliceBytes();
 }
 
-bool PathControl::HasRoom() const {
+bool PathControl::HasRoom(bool desperate) const {
   if (!traits().carries_slices || in_flight_.size() >= traits().slices_in_flight_max) return false;
-  if (state_ == PathState::kUp) return bytes_in_flight_ < Window();
+  if (state_ == PathState::kUp || (desperate && state_ == PathState::kSuspect))
+    return bytes_in_flight_ < Window();
   // In probation not before a probe was answered.
   return state_ == PathState::kProbation && share_ > kProbationShare &&
          static_cast<double>(bytes_in_flight_) < share_ * static_cast<double>(Window());
@@ -73,6 +74,7 @@ void PathControl::Send(TimePoint now, const Slice& slice) {
   Sent sent;
   sent.at = now;
   sent.bytes = slice.local.size();
+  sent.attempt = slice.attempt;
   bytes_in_flight_ += sent.bytes;
   sent.queued = bytes_in_flight_;
   const Duration predicted = meter_.Predict(sent.queued);
@@ -169,7 +171,7 @@ void PathControl::Down(TimePoint now, const Status& why) {
   path_->Disconnect();
 }
 
-void PathControl::OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome outcome) {
+uint32_t PathControl::OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome outcome) {
   const auto found = in_flight_.find(slice);
   MR_CHECK(found != in_flight_.end(), "an outcome of a slice that is not in flight");
   const Sent sent = found->second;
@@ -178,16 +180,16 @@ void PathControl::OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome outcom
   if (in_flight_.empty()) next_late_ = kNoDeadline;
   if (outcome == SliceOutcome::kUnknown) {
     ++slices_resent_;
-    return;
+    return sent.attempt;
   }
   last_heard_ = now;
   if (outcome == SliceOutcome::kBadChecksum) {
     ++slices_resent_;
     ++bad_checksums_;
-    return;
+    return sent.attempt;
   }
   bad_checksums_ = 0;
-  if (outcome != SliceOutcome::kLanded) return;
+  if (outcome != SliceOutcome::kLanded) return sent.attempt;
   meter_.Landed(now, now - sent.at, sent.queued, sent.bytes);
   bytes_done_ += sent.bytes;
   ++slices_done_;
@@ -195,6 +197,7 @@ void PathControl::OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome outcom
     share_ *= 2;
     if (share_ >= 1) Trusted(now);
   }
+  return sent.attempt;
 }
 
 void PathControl::SendProbe(TimePoint now) {

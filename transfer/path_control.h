@@ -34,6 +34,7 @@ class PathControl {
     TimePoint late_at;
     uint64_t queued = 0;  // bytes under way when it was sent, itself included
     uint64_t bytes = 0;
+    uint32_t attempt = 0;
     bool late = false;
   };
 
@@ -51,7 +52,8 @@ class PathControl {
   double bytes_per_second() const { return meter_.bytes_per_second(); }
 
   // Scheduling.
-  bool HasRoom() const;
+  // `desperate`: nothing better is there, and a suspect path will do.
+  bool HasRoom(bool desperate = false) const;
   uint64_t SliceBytes() const;                  // what it carries in about slice_time
   Duration Predict(uint64_t more_bytes) const;  // until an answer to that many bytes, sent now; with cost
   void Send(TimePoint now, const Slice& slice);
@@ -63,7 +65,7 @@ class PathControl {
   // What the path reported.
   void OnConnected(TimePoint now);
   void OnBroken(TimePoint now, const Status& why);
-  void OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome outcome);
+  uint32_t OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome outcome);  // which copy it was
   void OnProbeDone(TimePoint now, uint64_t probe);
 
   // Connects, probes, gives up. `peer_heard`: when the peer was last heard on any other path. Says when it

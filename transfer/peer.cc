@@ -43,40 +43,49 @@ PathControl& Peer::Find(Path* path) {
   return **found;
 }
 
+SliceQueue& Peer::queue() {
+  touched_ = true;
+  return queue_;
+}
+
 void Peer::Add(Request request, std::shared_ptr<IntentList> intents, RequestDone done) {
   queue_.Add(request.operation, request.ticket, request.priority, clock_->Now(), request.deadline,
              std::move(intents), std::move(done));
-  Pump();
+  Touch();
 }
 
 void Peer::OnConnected(Path* path) {
   Find(path).OnConnected(clock_->Now());
-  Pump();
+  Touch();
 }
 
 void Peer::OnBroken(Path* path, const Status& why) {
   Find(path).OnBroken(clock_->Now(), why);
-  Pump();
+  Touch();
 }
 
 void Peer::OnSliceDone(Path* path, uint64_t slice, SliceOutcome outcome) {
-  Find(path).OnSliceDone(clock_->Now(), slice, outcome);
-  queue_.Done(slice, outcome);
-  Pump();
+  const uint32_t attempt = Find(path).OnSliceDone(clock_->Now(), slice, outcome);
+  queue_.Done(slice, attempt, outcome);
+  Touch();
 }
 
 void Peer::OnProbeDone(Path* path, uint64_t probe) {
   Find(path).OnProbeDone(clock_->Now(), probe);
-  Pump();
+  Touch();
 }
 
-// Of the paths that have room, the one that would answer first.
+// Of the paths that have room, the one that would answer a small slice first.
 PathControl* Peer::BestPath(const PathControl* except) {
+  const bool desperate = std::none_of(paths_.begin(), paths_.end(), [](const auto& path) {
+    return path->traits().carries_slices &&
+           (path->state() == PathState::kUp || path->state() == PathState::kProbation);
+  });
   PathControl* best = nullptr;
   Duration best_time{};
   for (const auto& path : paths_) {
-    if (path.get() == except || !path->HasRoom()) continue;
-    const Duration time = path->Predict(path->SliceBytes());
+    if (path.get() == except || !path->HasRoom(desperate)) continue;
+    const Duration time = path->Predict(options_->slice_bytes_min);
     if (best == nullptr || time < best_time) {
       best = path.get();
       best_time = time;
@@ -85,15 +94,16 @@ PathControl* Peer::BestPath(const PathControl* except) {
   return best;
 }
 
-// Whether the others, with all that waits, would still be at work when this path could be done with one
-// slice.
+// Whether the paths that are full now, with all that waits, would still be at work when this one could be
+// done with its slice. Only full ones count: their answers will make room, so that waiting for them ends.
 bool Peer::WorthTaking(const PathControl& path) const {
-  const Duration mine = path.Predict(std::min(path.SliceBytes(), queue_.bytes_waiting()));
   double rate = 0;
   uint64_t bytes = queue_.bytes_waiting();
   Duration delay = Duration::max();
   for (const auto& other : paths_) {
-    if (other.get() == &path || other->state() != PathState::kUp || !other->traits().carries_slices) continue;
+    if (other.get() == &path || other->state() != PathState::kUp || other->bytes_in_flight() == 0 ||
+        other->HasRoom())
+      continue;
     if (other->bytes_per_second() == 0) return true;  // nothing is known to be better
     rate += other->bytes_per_second() / other->traits().cost;
     bytes += other->bytes_in_flight();
@@ -101,7 +111,12 @@ bool Peer::WorthTaking(const PathControl& path) const {
   }
   if (rate == 0) return true;
   const auto theirs = Duration(static_cast<int64_t>(static_cast<double>(bytes) / rate * 1e9));
-  return mine <= theirs + delay;
+  return path.Predict(std::min(path.SliceBytes(), queue_.bytes_waiting())) <= theirs + delay;
+}
+
+void Peer::Touch() {
+  touched_ = true;
+  Pump();
 }
 
 void Peer::Pump() {
@@ -141,6 +156,38 @@ bool Peer::HedgeOne(TimePoint now, PathControl& late, uint64_t id) {
 
 TimePoint Peer::Tick(TimePoint now) {
   if (lost()) return kNoDeadline;
+  if (!touched_ && now < next_tick_) return next_tick_;
+  next_tick_ = TickNow(now);
+  touched_ = false;
+  return next_tick_;
+}
+
+TimePoint Peer::TickNow(TimePoint now) {
+  for (const auto& path : paths_) {
+    for (const uint64_t slice : path->TakeLate(now)) to_hedge_.emplace_back(path.get(), slice);
+  }
+  TimePoint next = TickPaths(now);
+  const bool any =
+      std::any_of(paths_.begin(), paths_.end(), [](const auto& path) { return path->connected(); });
+  TimePoint heard = created_;
+  for (const auto& path : paths_) heard = std::max(heard, path->last_heard());
+  if (!refusal_.ok()) {
+    Lose(refusal_);
+  } else if (!any && now - heard > options_->peer_timeout) {
+    Lose(Unavailable("the peer is lost: no path to it is up and nothing was heard for {:.1f} s",
+                     Seconds(now - heard)));
+  }
+  if (lost()) return kNoDeadline;
+  queue_.FailExpired(now);
+  touched_ = false;
+  Pump();
+  if (touched_) next = TickPaths(now);  // sending has changed a path, or broken it
+  for (const auto& path : paths_) next = std::min(next, path->next_late());
+  if (!any) next = std::min(next, heard + options_->peer_timeout + std::chrono::milliseconds(1));
+  return std::min(next, queue_.NextDeadline());
+}
+
+TimePoint Peer::TickPaths(TimePoint now) {
   // The two that were heard last: each path's silence is judged by the other paths.
   TimePoint last{}, second{};
   for (const auto& path : paths_) {
@@ -151,28 +198,11 @@ TimePoint Peer::Tick(TimePoint now) {
       second = std::max(second, heard);
     }
   }
-  bool any = false;
   TimePoint next = kNoDeadline;
-  pumping_ = true;
-  for (const auto& path : paths_) {
-    for (const uint64_t slice : path->TakeLate(now)) to_hedge_.emplace_back(path.get(), slice);
+  const bool was_pumping = std::exchange(pumping_, true);
+  for (const auto& path : paths_)
     next = std::min(next, path->Tick(now, path->last_heard() == last ? second : last));
-    any = any || path->connected();
-  }
-  pumping_ = false;
-  const TimePoint heard = std::max(created_, last);
-  if (!refusal_.ok()) {
-    Lose(refusal_);
-  } else if (!any && now - heard > options_->peer_timeout) {
-    Lose(Unavailable("the peer is lost: no path to it is up and nothing was heard for {:.1f} s",
-                     Seconds(now - heard)));
-  }
-  if (lost()) return kNoDeadline;
-  queue_.FailExpired(now);
-  Pump();
-  next = std::min(next, queue_.NextDeadline());
-  for (const auto& path : paths_) next = std::min(next, path->next_late());
-  if (!any) next = std::min(next, heard + options_->peer_timeout + std::chrono::milliseconds(1));
+  pumping_ = was_pumping;
   return next;
 }
 

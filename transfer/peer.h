@@ -23,7 +23,7 @@ class Peer : public PathOwner {
   ~Peer() override;
 
   void AddPath(std::unique_ptr<Path> path);
-  SliceQueue& queue() { return queue_; }
+  SliceQueue& queue();
   uint64_t epoch() const { return epoch_; }
   const std::string& name() const { return name_; }
 
@@ -43,10 +43,16 @@ class Peer : public PathOwner {
   void OnBroken(Path* path, const Status& why) override;
   void OnSliceDone(Path* path, uint64_t slice, SliceOutcome outcome) override;
   void OnProbeDone(Path* path, uint64_t probe) override;
-  void OnRefused(const Status& why) override { refusal_ = why; }
+  void OnRefused(const Status& why) override {
+    refusal_ = why;
+    touched_ = true;
+  }
 
  private:
   PathControl& Find(Path* path);
+  TimePoint TickNow(TimePoint now);
+  TimePoint TickPaths(TimePoint now);
+  void Touch();  // something happened: sends what can be sent, and the next tick is not skipped
   void Pump();
   PathControl* BestPath(const PathControl* except);
   bool WorthTaking(const PathControl& path) const;
@@ -66,6 +72,8 @@ class Peer : public PathOwner {
   std::vector<std::pair<PathControl*, uint64_t>> to_hedge_;
   uint64_t bytes_sent_ = 0;
   uint64_t bytes_hedged_ = 0;
+  bool touched_ = true;  // since the last tick
+  TimePoint next_tick_{};
   bool pumping_ = false;  // also while paths are ticked: what they report is acted upon afterwards
   Status refusal_;        // a path was told that this is another process
   Status lost_;

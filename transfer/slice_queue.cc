@@ -45,7 +45,7 @@ Slice SliceQueue::Take(uint64_t bytes_max) {
   if (!again_.empty()) {
     Live& live = slices_.at(again_.front());
     again_.pop_front();
-    live.waiting = false;
+    live.waiting = live.landed = live.doubtful = false;
     live.copies = 1;
     ++live.slice.attempt;
     bytes_waiting_ -= live.slice.local.size();
@@ -75,6 +75,7 @@ Slice SliceQueue::Copy(uint64_t id) {
   MR_CHECK(live.copies > 0);
   ++live.copies;
   ++live.slice.attempt;
+  if (live.slice.operation == Operation::kWrite) live.landed = false;
   live.slice.retired_below = RetiredBelow();
   return live.slice;
 }
@@ -85,13 +86,19 @@ bool SliceQueue::Wanted(uint64_t id) const {
          requests_.at(found->second.slice.request)->failure.ok();
 }
 
-void SliceQueue::Done(uint64_t id, SliceOutcome outcome) {
+void SliceQueue::Done(uint64_t id, uint32_t attempt, SliceOutcome outcome) {
   Live& live = slices_.at(id);
   MR_CHECK(live.copies > 0 && !live.waiting);
   --live.copies;
   Pending& request = *requests_.at(live.slice.request);
-  if (outcome == SliceOutcome::kLanded) live.landed = true;
-  if (outcome == SliceOutcome::kRefused && !live.landed && request.failure.ok()) {
+  const bool landed = outcome == SliceOutcome::kLanded;
+  if (live.slice.operation == Operation::kRead) {
+    live.landed |= landed;
+    live.doubtful |= !landed;
+  } else if (attempt == live.slice.attempt) {
+    live.landed = landed;
+  }
+  if (outcome == SliceOutcome::kRefused && request.failure.ok()) {
     FailRequest(request,
                 PermissionDenied("the {} of {} bytes under ticket {} was refused: closed, unknown or "
                                  "not granted",
@@ -99,7 +106,7 @@ void SliceQueue::Done(uint64_t id, SliceOutcome outcome) {
   }
   Live& now = slices_.at(id);  // failing the request may have moved it
   if (now.copies > 0) return;
-  if (now.landed || !request.failure.ok()) return EndSlice(id);
+  if ((now.landed && !now.doubtful) || !request.failure.ok()) return EndSlice(id);
   now.waiting = true;
   bytes_waiting_ += now.slice.local.size();
   again_.push_back(id);

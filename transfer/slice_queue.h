@@ -32,8 +32,11 @@ class SliceQueue {
   Slice Take(uint64_t bytes_max);
   // Another copy of a slice that is under way; the caller sees to it that a path takes it.
   Slice Copy(uint64_t slice);
-  // One copy is terminal.
-  void Done(uint64_t slice, SliceOutcome outcome);
+  // One copy is terminal. The slice is over when all are and its bytes are known to be right. For a write
+  // that is when the last copy to be sent has landed: copies land in their order, so nothing came after it
+  // (landing.h). The copies of a read land in any order: every one that was under way together must have
+  // landed well.
+  void Done(uint64_t slice, uint32_t attempt, SliceOutcome outcome);
   // Whether anybody still waits for the slice's bytes: it has not landed and its request has not failed.
   bool Wanted(uint64_t slice) const;
 
@@ -63,9 +66,10 @@ class SliceQueue {
   };
   struct Live {
     Slice slice;
-    int32_t copies = 0;  // in flight
-    bool landed = false;
-    bool waiting = false;  // in again_
+    int32_t copies = 0;     // in flight
+    bool landed = false;    // the copy that counts, so far
+    bool doubtful = false;  // a read: some copy may have left wrong bytes
+    bool waiting = false;   // in again_
   };
   void FailRequest(Pending& request, const Status& status);
   void EndSlice(uint64_t id);
