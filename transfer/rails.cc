@@ -3,6 +3,7 @@
 
 #include "transfer/local/local_rails.h"
 #include "transfer/rail.h"
+#include "transfer/shm/shm_rails.h"
 #include "transfer/tcp/tcp_rails.h"
 
 namespace millrace::transfer {
@@ -16,6 +17,7 @@ std::vector<std::unique_ptr<RailKind>> MakeRailKinds(const RailEnvironment& envi
   };
   add("local", [&] { return std::make_unique<LocalRails>(environment); });
   add("tcp", [&] { return std::make_unique<TcpRails>(environment); });
+  add("shm", [&] { return std::make_unique<ShmRails>(environment); });
   return kinds;
 }
 

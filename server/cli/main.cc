@@ -16,11 +16,13 @@ int main(int argc, char** argv) {
   WorkerCommandOptions worker;
   ChatOptions chat;
   InspectOptions inspect;
+  TransferBenchOptions transfer_bench;
   CLI::App* const serve_command = AddServe(app, serve);
   CLI::App* const gateway_command = AddGateway(app, gateway);
   CLI::App* const worker_command = AddWorker(app, worker);
   CLI::App* const chat_command = AddChat(app, chat);
   CLI::App* const inspect_command = AddInspect(app, inspect);
+  CLI::App* const transfer_bench_command = AddTransferBench(app, transfer_bench);
   CLI11_PARSE(app, argc, argv);
 
   if (serve_command->parsed()) return RunServe(serve, EffectiveConfiguration(*serve_command));
@@ -28,5 +30,6 @@ int main(int argc, char** argv) {
   if (worker_command->parsed()) return RunWorker(worker, EffectiveConfiguration(*worker_command));
   if (chat_command->parsed()) return RunChat(chat);
   if (inspect_command->parsed()) return RunInspect(inspect);
+  if (transfer_bench_command->parsed()) return RunTransferBench(transfer_bench);
   return 1;
 }

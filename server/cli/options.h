@@ -73,6 +73,34 @@ struct InspectOptions {
   std::string model;
 };
 
+struct TransferBenchOptions {
+  LogOptions log{.level = "warn"};
+  bool target = false;
+  std::string listen = "127.0.0.1:7400";  // the target's control address
+  std::string connect;                    // the initiator's target; empty without `target`: both roles here
+  std::vector<std::string> rails;
+  std::vector<std::string> include;
+  std::vector<std::string> exclude;
+  std::vector<std::string> kinds;
+  std::string memory_max = "4GiB";
+  std::string op = "write";
+  std::vector<std::string> blocks{"1MiB"};
+  std::vector<int> batches{1};
+  std::vector<int> threads{1};
+  int depth = 4;
+  double seconds = 3;
+  double warmup = 0.5;
+  std::string memory = "64MiB";
+  bool check = false;
+  bool scatter = false;
+  bool prepare = false;
+  bool reconnect = false;
+  std::string background;
+  double timeline_ms = 0;
+  std::vector<std::string> faults;
+  bool json = false;
+};
+
 // --config FILE, for every sub-command.
 void AddConfigFile(CLI::App& app);
 
@@ -82,6 +110,7 @@ CLI::App* AddGateway(CLI::App& app, GatewayCommandOptions& options);
 CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options);
 CLI::App* AddChat(CLI::App& app, ChatOptions& options);
 CLI::App* AddInspect(CLI::App& app, InspectOptions& options);
+CLI::App* AddTransferBench(CLI::App& app, TransferBenchOptions& options);
 
 // "effective configuration: listen=... threads=..." of a parsed sub-command, for the log.
 std::string EffectiveConfiguration(const CLI::App& command);

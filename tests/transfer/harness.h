@@ -39,11 +39,11 @@ inline std::vector<RailCase> RailCases() {
   Options found;
   found.listen = {"auto"};
   found.include = {"lo"};
-  return {{"Local", RailOptions(0), ""},
-          {"Tcp1", RailOptions(1), ""},
-          {"Tcp2", RailOptions(2), ""},
-          {"Tcp3", RailOptions(3), ""},
-          {"TcpV6", v6, HasV6() ? "" : "this host has no ::1"},
+  Options shm;
+  shm.kinds = {"shm"};
+  return {{"Local", RailOptions(0), ""}, {"Shm", shm, ""},
+          {"Tcp1", RailOptions(1), ""},  {"Tcp2", RailOptions(2), ""},
+          {"Tcp3", RailOptions(3), ""},  {"TcpV6", v6, HasV6() ? "" : "this host has no ::1"},
           {"TcpAuto", found, ""}};
 }
 
