@@ -12,7 +12,9 @@ using std::chrono::milliseconds;
 
 // A slice is late after max(kLateMin, 3 x its prediction, prediction + 4 x the usual deviation).
 constexpr Duration kLateMin = milliseconds(8);
-constexpr double kLateFactor = 3, kLateDeviations = 4;
+constexpr double kLateFactor = 3;
+constexpr int64_t kLateDeviations = 4;
+constexpr Duration kDeviationMax = milliseconds(5);  // one disturbance must not blind the path for the next
 // A suspect path that says nothing for so long, while the peer speaks elsewhere, is given up.
 constexpr Duration kSilence = milliseconds(15);
 // Connecting: an attempt's patience, and the pauses between attempts.
@@ -81,7 +83,7 @@ void PathControl::Send(TimePoint now, const Slice& slice) {
   sent.late_at =
       now + std::max({kLateMin,
                       Duration(static_cast<int64_t>(kLateFactor * static_cast<double>(predicted.count()))),
-                      predicted + static_cast<int64_t>(kLateDeviations) * meter_.deviation()});
+                      predicted + kLateDeviations * std::min(meter_.deviation(), kDeviationMax)});
   next_late_ = std::min(next_late_, sent.late_at);
   MR_CHECK(in_flight_.emplace(slice.id, sent).second, "two copies of a slice on one path");
   path_->Send(slice);
