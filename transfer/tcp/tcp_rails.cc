@@ -70,6 +70,7 @@ RailKind::Control TcpRails::MakeControl(const RemotePeer& peer) {
 }
 
 StatusOr<std::vector<std::unique_ptr<Path>>> TcpRails::MakePaths(const RemotePeer& peer, ControlChannel*) {
+  if (!carries_slices_) return std::vector<std::unique_ptr<Path>>();
   MR_ASSIGN_OR_RETURN(const std::vector<HostPort> remotes, RemoteRails(peer));
   std::vector<std::string> local, remote;
   for (const HostPort& rail : rails_) local.push_back(rail.host);

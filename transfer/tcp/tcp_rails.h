@@ -11,8 +11,9 @@ namespace millrace::transfer {
 
 class TcpRails : public RailKind {
  public:
-  explicit TcpRails(const RailEnvironment& environment)
-      : environment_(environment), receiver_(&environment_) {}
+  // `carries_slices` false: the rails are there for the control session alone.
+  TcpRails(const RailEnvironment& environment, bool carries_slices)
+      : environment_(environment), carries_slices_(carries_slices), receiver_(&environment_) {}
 
   const char* name() const override { return "tcp"; }
   Status Start() override;
@@ -26,6 +27,7 @@ class TcpRails : public RailKind {
 
  private:
   const RailEnvironment environment_;
+  const bool carries_slices_;
   TcpReceiver receiver_;
   std::vector<HostPort> rails_;  // as bound; fixed after Start
 };
