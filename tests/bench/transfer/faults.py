@@ -41,7 +41,7 @@ class Outcome:
             raise RuntimeError(f"a fault could not be made: {failed}")
 
 
-def run_trials(rails, limits, kind, trials, log_dir, prefix, outcome, rows):
+def run_trials(rails, limits, kind, trials, log_dir, outcome, rows):
     """One run with `trials` faults of one kind, on each rail in turn."""
     plan = []
     arguments = []
@@ -59,8 +59,8 @@ def run_trials(rails, limits, kind, trials, log_dir, prefix, outcome, rows):
         for moment, command in steps:
             arguments += ["--fault", f"{moment}:{command}"]
         plan.append((rail, len(steps)))
-    with Target(rails, log_dir, f"target-{time.monotonic_ns()}", prefix=prefix) as target:
-        row = run_initiator(rails, target.address, *LOAD, "--seconds", 1.0 + trials * PERIOD, *arguments, prefix=prefix)
+    with Target(rails, log_dir, f"target-{time.monotonic_ns()}") as target:
+        row = run_initiator(rails, target.address, *LOAD, "--seconds", 1.0 + trials * PERIOD, *arguments)
     rows.append({"fault": kind, "row": row})
     outcome.note(row)
     runs = iter(row["faults"])
@@ -75,20 +75,19 @@ def run_trials(rails, limits, kind, trials, log_dir, prefix, outcome, rows):
         outcome.lost_ms.append(timeline.lost_seconds(row, start, until, survivors) * 1e3)
         outcome.during.append(timeline.goodput(row, start, until) / survivors)
         healed_at = done[-1]["ended_seconds"] if kind != "reset" else done[0]["ended_seconds"]
-        outcome.back_s.append(timeline.back_on_rail(row, rail - 1, healed_at, next_fault, 0.8 * limits[rail]))
+        outcome.back_s.append(timeline.back_on_rail(row, rails.index(row, rail), healed_at, next_fault, 0.8 * limits[rail]))
 
 
-def run_restarts(rails, limits, trials, log_dir, prefix, outcome, rows):
+def run_restarts(rails, limits, trials, log_dir, outcome, rows):
     """The target is killed and another process takes its place. `back_s` counts from the moment it listens."""
     listening = []
-    target = Target(rails, log_dir, "target-0", prefix=prefix)
+    target = Target(rails, log_dir, "target-0")
     port = target.address.rsplit(":", 1)[1]
     result = {}
     seconds = 1.5 + trials * 3.0
 
     def load():
-        result["row"] = run_initiator(rails, target.address, *LOAD, "--reconnect", "--seconds", seconds, "--fault", "0:true",
-                                      prefix=prefix)
+        result["row"] = run_initiator(rails, target.address, *LOAD, "--reconnect", "--seconds", seconds, "--fault", "0:true")
 
     thread = threading.Thread(target=load)
     thread.start()
@@ -100,7 +99,7 @@ def run_restarts(rails, limits, trials, log_dir, prefix, outcome, rows):
             current.process.kill()
             current.process.popen.wait()
             time.sleep(0.3)
-            current = Target(rails, log_dir, f"target-{trial + 1}", port=port, prefix=prefix)
+            current = Target(rails, log_dir, f"target-{trial + 1}", port=port)
             listening.append(time.monotonic())
         thread.join()
     finally:
@@ -134,18 +133,18 @@ def report(kind, outcome):
           f"{outcome.resent_slices} slices sent again", flush=True)
 
 
-def measure(args, log_dir, prefix):
+def measure(args, log_dir):
     rows = []
     print("fault          trials  recovery ms med/max  lost ms med/max  back s med/max")
     with Rails([RATE_MBIT] * 4) as rails:
-        limits = rails.iperf(rails.rails, prefix=prefix)
+        limits = rails.iperf(rails.rails)
         for kind in args.only or [*FAULTS, "peer_restart"]:
             outcome = Outcome()
             while len(outcome.back_s) < args.trials:
                 trials = min(TRIALS_PER_RUN, args.trials - len(outcome.back_s))
                 if kind == "peer_restart":
-                    run_restarts(rails, limits, trials, log_dir, prefix, outcome, rows)
+                    run_restarts(rails, limits, trials, log_dir, outcome, rows)
                 else:
-                    run_trials(rails, limits, kind, trials, log_dir, prefix, outcome, rows)
+                    run_trials(rails, limits, kind, trials, log_dir, outcome, rows)
             report(kind, outcome)
     return rows

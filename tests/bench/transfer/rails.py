@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tests/e2e"))
@@ -40,26 +41,22 @@ class Rails(Pair):
     def inside(self, side, command):
         return f"nsenter --net=/var/run/netns/{self.names[side]} {command}"
 
-    def iperf(self, rails, seconds=3, prefix=()):
+    def iperf(self, rails, seconds=3):
         """Bytes per second that iperf3 moves over each of `rails`, all at once, one stream each."""
         servers, clients = [], []
         for rail in rails:
             address = self.address(1, rail)
-            servers.append(subprocess.Popen([*prefix, *self.prefix(1), "iperf3", "-s", "-1", "-B", address, "-p", str(IPERF_PORT)],
+            servers.append(subprocess.Popen([*self.prefix(1), "iperf3", "-s", "-1", "-B", address, "-p", str(IPERF_PORT)],
                                             stdout=subprocess.DEVNULL))
         try:
+            self._wait_listening(len(servers))
             for rail in rails:
                 clients.append(subprocess.Popen(
-                    [*prefix, *self.prefix(0), "sh", "-c",
-                     # The server may need a moment to listen.
-                     f"for i in 1 2 3 4 5 6 7 8 9 10; do iperf3 -J -c {self.address(1, rail)} -B {self.address(0, rail)} "
-                     f"-p {IPERF_PORT} -t {seconds} -O 1 && exit 0; sleep 0.2; done; exit 1"],
-                    stdout=subprocess.PIPE, text=True))
+                    [*self.prefix(0), "iperf3", "-J", "-c", self.address(1, rail), "-B", self.address(0, rail),
+                     "-p", str(IPERF_PORT), "-t", str(seconds), "-O", "1"], stdout=subprocess.PIPE, text=True))
             figures = {}
             for rail, client in zip(rails, clients):
-                text, _ = client.communicate(timeout=seconds + 30)
-                # Failed attempts print an object of their own before the good one.
-                report = json.JSONDecoder().raw_decode(text[text.rindex('\n{\n') + 1 if '\n{\n' in text else 0:])[0]
+                report = json.loads(client.communicate(timeout=seconds + 60)[0])
                 if "error" in report:
                     raise RuntimeError(f"iperf3 over rail {rail}: {report['error']}")
                 figures[rail] = report["end"]["sum_received"]["bits_per_second"] / 8
@@ -68,6 +65,21 @@ class Rails(Pair):
             for process in servers + clients:
                 process.kill()
                 process.wait()
+
+    def _wait_listening(self, servers):
+        until = time.monotonic() + 30
+        while True:
+            text = subprocess.run([*self.prefix(1), "ss", "-Hltn", f"sport = :{IPERF_PORT}"], capture_output=True, text=True,
+                                  check=True).stdout
+            if len(text.splitlines()) == servers:
+                return
+            if time.monotonic() > until:
+                raise RuntimeError(f"iperf3 does not listen: {text}")
+            time.sleep(0.05)
+
+    def index(self, row, rail):
+        """Where a rail stands in a row's rails; the control session may stand among them."""
+        return next(i for i, entry in enumerate(row["rails"]) if entry["local"] == self.address(0, rail))
 
     # Each gives (break, heal): shell commands. All act on the receiving side's end, except the rate.
     def link_down(self, rail):
@@ -96,11 +108,11 @@ class Rails(Pair):
 class Target:
     """millrace transfer-bench --target on side 1, reached over link 0."""
 
-    def __init__(self, rails, log_dir, name="target", port=0, prefix=()):
+    def __init__(self, rails, log_dir, name="target", port=0):
         self.process = harness.Process(
             log_dir, name, ["transfer-bench", "--target", "--listen", f"{rails.address(1, 0)}:{port}",
                             *[a for rail in rails.rails for a in ("--rail", f"{rails.address(1, rail)}:0")]],
-            prefix=[*prefix, *rails.prefix(1)]).wait_started()
+            prefix=rails.prefix(1)).wait_started()
 
     def __enter__(self):
         return self
@@ -114,9 +126,9 @@ class Target:
         return self.process.address
 
 
-def run_initiator(rails, address, *args, prefix=(), seconds=30):
+def run_initiator(rails, address, *args, seconds=30):
     """The first row of a transfer-bench initiator's JSON. A failed transfer or a wrong byte is in the row as well."""
-    command = [*prefix, *rails.prefix(0), harness.binary(), "transfer-bench", "--connect", address, "--json",
+    command = [*rails.prefix(0), harness.binary(), "transfer-bench", "--connect", address, "--json",
                *[a for rail in rails.rails for a in ("--rail", f"{rails.address(0, rail)}:0")], *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
     if not done.stdout.strip():

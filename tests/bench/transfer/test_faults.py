@@ -2,6 +2,7 @@
 machine that does other things."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ import timeline  # noqa: E402
 from rails import Rails, Target, harness, run_initiator  # noqa: E402
 
 TRIALS = 2
-RECOVERY_MS_MAX = 500
+GOODPUT_MIN = 0.4  # of the survivors' own limit, over a whole outage
 BACK_S_MAX = 2.3  # the healed rail is looked at every 20 ms, over 200 ms
 
 
@@ -31,16 +32,16 @@ def limits(rails):
 @pytest.mark.parametrize("kind", faults.FAULTS)
 def test_a_broken_rail_costs_time_only(rails, limits, kind, tmp_path):
     outcome, rows = faults.Outcome(), []
-    faults.run_trials(rails, limits, kind, TRIALS, tmp_path, [], outcome, rows)
+    faults.run_trials(rails, limits, kind, TRIALS, tmp_path, outcome, rows)
     assert outcome.errors == {} and outcome.wrong_bytes == 0 and outcome.checked_bytes > 0
-    if kind != "flap":
-        assert all(ms is not None and ms < RECOVERY_MS_MAX for ms in outcome.recovery_ms), outcome.recovery_ms
+    # Milliseconds to recover belong to bench.py, on a machine that does nothing else.
+    assert min(outcome.during) > GOODPUT_MIN, outcome.during
     assert all(s is not None and s < BACK_S_MAX for s in outcome.back_s), outcome.back_s
 
 
 def test_a_killed_target_is_found_again(rails, limits, tmp_path):
     outcome, rows = faults.Outcome(), []
-    faults.run_restarts(rails, limits, TRIALS, tmp_path, [], outcome, rows)
+    faults.run_restarts(rails, limits, TRIALS, tmp_path, outcome, rows)
     assert outcome.errors == {} and outcome.wrong_bytes == 0 and outcome.checked_bytes > 0
     assert all(s is not None for s in outcome.back_s)
 
@@ -52,7 +53,6 @@ def test_several_initiators_read_and_write(rails, tmp_path):
     assert row["errors"] == {} and row["wrong_bytes"] == 0
     assert row["checked_bytes"] >= row["bytes"] > 0
     assert sum(rail["share"] for rail in row["rails"]) == pytest.approx(1)
-    assert all(rail["bytes"] > 0 for rail in row["rails"])
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -61,7 +61,6 @@ def test_several_initiators_read_and_write(rails, tmp_path):
     (["--fault", "9:true"], "--fault"), (["--background", "1X"], "--background"), (["--connect", "nowhere"], "--connect"),
     (["--target", "--json"], "--json"), (["--kind", "pigeon"], "--kind")])
 def test_a_bad_flag_is_named(flags, named):
-    import subprocess
     done = subprocess.run([harness.binary(), "transfer-bench", *flags], capture_output=True, text=True, timeout=30)
     assert done.returncode != 0 and named in done.stderr, done.stderr
 
