@@ -19,6 +19,9 @@ struct Segment {
   // For the MTP layer: the token that follows each row (same length as `tokens`), or empty to leave the layer
   // alone.
   std::span<const int32_t> next_tokens;
+  // Somebody outside reads the pages that this segment writes: their bytes in kv_memory() are final, layer by
+  // layer, before LayerDone tells of the layer.
+  bool exported = false;
 };
 
 struct Batch {

@@ -14,7 +14,8 @@
 
 namespace millrace::engine {
 
-// Called on the engine thread, in layer order, as soon as this batch's K and V of `layer` are in their pages.
+// Called on the engine thread, in layer order, as soon as this batch's K and V of `layer` are in their pages;
+// for an exported segment: in the pages' bytes in kv_memory().
 using LayerDone = std::function<void(int32_t layer)>;
 
 // Weights in the form that one kind of backend wants. Immutable; shared by the backends of one process.
@@ -31,14 +32,24 @@ class Backend {
   virtual ~Backend() = default;
   virtual const ModelConfig& config() const = 0;  // any thread
   virtual const KvLayout& kv_layout() const = 0;  // any thread
-  // The pool's memory, kv_layout().total_bytes() long, zeroed at start. Host memory here; a device backend
-  // gives device memory, which only the transfer engine touches from outside. Any thread.
+  // Host memory that the outside (transfer, tiers) reads and writes, kv_layout().total_bytes() long, zeroed
+  // at start. A CPU backend's own pool; a device backend computes in a pool of its own and this is its
+  // mirror, which agrees with the device only where ToHost, FromHost or Segment::exported say so. Any thread.
   virtual std::span<std::byte> kv_memory() = 0;
+  // The bytes of these pages in kv_memory(), all layers, are what the last Forward left, when it returns.
+  // Nothing to do where kv_memory() is the pool itself. An error means what Forward's does.
+  virtual Status ToHost(std::span<const PageId> pages);
+  // The other way: what the outside wrote into these pages of kv_memory() is what Forward sees from now on,
+  // and the host bytes may change again, when it returns.
+  virtual Status FromHost(std::span<const PageId> pages);
   // Runs one step. The output is a pure function of each segment's own tokens and KV: neither batch
   // composition nor chunking nor thread count changes a bit of it. An error means the process cannot go on
   // computing.
   virtual StatusOr<StepOutput> Forward(const Batch& batch, const LayerDone& layer_done) = 0;
   virtual std::string Describe() const = 0;  // "cpu, avx512, 2 threads, bf16"
 };
+
+inline Status Backend::ToHost(std::span<const PageId>) { return OkStatus(); }
+inline Status Backend::FromHost(std::span<const PageId>) { return OkStatus(); }
 
 }  // namespace millrace::engine

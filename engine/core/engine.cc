@@ -186,6 +186,7 @@ void ThreadedEngine::Loop() {
     commands.clear();
     if (stopping) break;
     const bool runs = core_.Prepare();
+    if (core_.broken()) broken_.store(true);  // a command may have met the backend's failure
     Publish(submissions_taken);
     if (runs) {
       Compute();

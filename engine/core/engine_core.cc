@@ -129,6 +129,7 @@ void EngineCore::FinishImport(RequestId id, SampledToken first, bool first_alrea
     return End(sequence, InvalidArgument("first token {} is out of range; the vocabulary has {}", first.token,
                                          options_.num_vocabulary_tokens));
   }
+  if (const Status status = backend_->FromHost(sequence->pages); !status.ok()) return Break(status);
   sequence->num_computed = sequence->num_imported;
   Move(sequence, SequenceState::kRunning);
   AppendToken(sequence, std::move(first), /*send=*/!first_already_sent);

@@ -42,6 +42,7 @@ class EngineCore {
   bool Prepare();
   Status Run();
   void EndAll(const Status& status);
+  bool broken() const { return !broken_.ok(); }  // the backend has failed
 
   TimePoint NextDeadline() const;  // of the live requests; kNoDeadline when none has one
   EngineStats Stats() const;
@@ -77,6 +78,7 @@ class EngineCore {
   void Expire();
   void BuildBatch();
   Status RunBatch();
+  void Break(const Status& status);
   void TellLayer(int32_t layer);
 
   const EngineOptions options_;

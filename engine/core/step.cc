@@ -22,13 +22,14 @@ bool EngineCore::Prepare() {
 
 Status EngineCore::Run() {
   if (!broken_.ok()) return broken_;
-  const Status status = RunBatch();
-  if (!status.ok()) {
-    broken_ = Annotate(status, "the engine cannot go on computing");
-    LogError("{}", Message(broken_));
-    EndAll(broken_);
-  }
+  if (const Status status = RunBatch(); !status.ok()) Break(status);
   return broken_;
+}
+
+void EngineCore::Break(const Status& status) {
+  broken_ = Annotate(status, "the engine cannot go on computing");
+  LogError("{}", Message(broken_));
+  EndAll(broken_);
 }
 
 void EngineCore::Expire() {
@@ -60,6 +61,7 @@ void EngineCore::BuildBatch() {
     segment.position = sequence->num_computed;
     segment.pages = sequence->pages;
     segment.num_logits = run.num_tokens == sequence->num_pending() ? 1 : 0;
+    segment.exported = sequence->prefill_sink != nullptr && !sequence->ticket_released;
     runs_.push_back(sequence);
     last_batch_tokens_ += run.num_tokens;
   }

@@ -1,10 +1,12 @@
 """The same tokens wherever a prompt is prefilled and however its KV cache travels."""
 
 import json
+import random
 import threading
 
 import pytest
 
+import checkpoints
 import harness
 
 LENGTHS = (1, 63, 64, 65, 300, 700)
@@ -115,3 +117,26 @@ def test_disaggregated_over_tcp(aggregated, logs, long_model, make_prompt, rails
             harness.wait_until(lambda: cluster.metric(role, "millrace_worker_tickets") == 0, 3, f"{role}: tickets stay")
     finally:
         cluster.stop()
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2-fp8", "v2-yarn"])
+def test_other_checkpoints(logs, tmp_path, variant):
+    """Ling v1, block FP8 and YaRN, random weights: the hand-over changes no token and no probability of theirs either."""
+    directory = tmp_path / variant
+    checkpoints.make(variant, str(directory))
+    prompts = [random.Random(length).choices(range(256), k=length) for length in (1, 64, 65, 300)]
+    answers = {}
+    for mode in (["--aggregated"], []):
+        process = serve(logs, f"{variant}-{len(mode)}", directory, *mode)
+        answers[len(mode)] = [harness.complete(process.address, prompt, max_tokens=TOKENS, ignore_eos=True, **kind)
+                              for prompt in prompts for kind in KINDS.values()]
+        chat = harness.post(process.address, "/v1/chat/completions", {
+            "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}], "max_tokens": 4})
+        rendered = "<role>SYSTEM</role>S<role>HUMAN</role>u<role>ASSISTANT</role>" if variant == "v1" else (
+            "<role>SYSTEM</role>S\ndetailed thinking off<|role_end|><role>HUMAN</role>u<|role_end|><role>ASSISTANT</role>")
+        special = ("<role>", "</role>", "<|role_end|>")
+        expected = len(rendered) - sum(rendered.count(text) * (len(text) - 1) for text in special)
+        assert chat["usage"]["prompt_tokens"] == expected, "one token per byte and per special token"
+        assert process.stop() == 0
+    assert answers[0] == answers[1]
+    assert len({text for text, *_ in answers[0]}) > len(prompts)

@@ -178,3 +178,17 @@ def test_network_namespaces(logs, long_model, make_prompt, cluster):
         finally:
             codes = [process.stop() for process in processes]
         assert codes == [0, 0, 0]
+
+
+def test_workers_by_name(cluster, logs, long_model, make_prompt):
+    """A DNS name in place of an address: all that it resolves to is tried (here also ::1, where nobody listens)."""
+    directory = logs / "by-name"
+    directory.mkdir()
+    names = [flag for role in ("prefill", "decode") for worker in cluster.workers[role]
+             for flag in (f"--{role}", worker.address.replace("127.0.0.1", "localhost"))]
+    gateway = harness.Process(directory, "gateway", ["gateway", "--model", long_model, "--listen", "127.0.0.1:0",
+                                                     *names]).wait_started()
+    harness.wait_ready(gateway.address)
+    prompt = make_prompt(300)
+    assert harness.complete(gateway.address, prompt, max_tokens=8) == harness.complete(cluster.address, prompt, max_tokens=8)
+    assert gateway.stop() == 0

@@ -1,7 +1,8 @@
 #pragma once
 // A pseudo-model whose tokens depend on every byte of a sequence's KV: a page mixed up, a position off by one
 // or a row that was never written changes the answer. Two computed layers and an MTP layer that is always
-// left alone.
+// left alone. It computes in memory of its own, like a device: what crosses to and from kv_memory() crosses
+// as backend.h says, or the answer is wrong.
 
 #include <algorithm>
 #include <condition_variable>
@@ -113,12 +114,24 @@ inline ModelConfig FakeConfig() {
 class FakeBackend final : public Backend {
  public:
   explicit FakeBackend(int32_t num_pages)
-      : config_(FakeConfig()), layout_(FakeLayout(num_pages)), memory_(layout_.total_bytes()) {}
+      : config_(FakeConfig()),
+        layout_(FakeLayout(num_pages)),
+        device_(layout_.total_bytes()),
+        memory_(layout_.total_bytes()) {}
 
   const ModelConfig& config() const override { return config_; }
   const KvLayout& kv_layout() const override { return layout_; }
   std::span<std::byte> kv_memory() override { return memory_; }
   std::string Describe() const override { return "fake"; }
+
+  Status ToHost(std::span<const PageId> pages) override {
+    for (int32_t layer = 0; layer < layout_.num_layers; ++layer) CopyLayer(device_, memory_, layer, pages);
+    return CopyFailure();
+  }
+  Status FromHost(std::span<const PageId> pages) override {
+    for (int32_t layer = 0; layer < layout_.num_layers; ++layer) CopyLayer(memory_, device_, layer, pages);
+    return CopyFailure();
+  }
 
   StatusOr<StepOutput> Forward(const Batch& batch, const LayerDone& layer_done) override {
     Status failure;
@@ -135,13 +148,16 @@ class FakeBackend final : public Backend {
     if (!failure.ok()) return failure;
     Check(batch);
     for (int32_t layer = 0; layer < kFakeLayers; ++layer) {
-      for (const Segment& segment : batch.segments) FakeLayer(layout_, memory_, layer, segment);
+      for (const Segment& segment : batch.segments) {
+        FakeLayer(layout_, device_, layer, segment);
+        if (segment.exported) CopyLayer(device_, memory_, layer, Written(segment));
+      }
       layer_done(layer);
     }
     logits_.clear();
     for (const Segment& segment : batch.segments) {
       MR_CHECK(segment.num_logits <= 1);
-      if (segment.num_logits == 1) FakeLogits(FakeOutputState(layout_, memory_, segment), &logits_);
+      if (segment.num_logits == 1) FakeLogits(FakeOutputState(layout_, device_, segment), &logits_);
     }
     return StepOutput{logits_, {}};
   }
@@ -160,6 +176,10 @@ class FakeBackend final : public Backend {
   void FailWith(const Status& status) {
     std::lock_guard lock(mutex_);
     failure_ = status;
+  }
+  void FailCopiesWith(const Status& status) {
+    std::lock_guard lock(mutex_);
+    copy_failure_ = status;
   }
   int32_t forwards() const {
     std::lock_guard lock(mutex_);
@@ -181,6 +201,23 @@ class FakeBackend final : public Backend {
     changed_.notify_all();
   }
 
+  Status CopyFailure() const {
+    std::lock_guard lock(mutex_);
+    return copy_failure_;
+  }
+  static std::span<const PageId> Written(const Segment& segment) {
+    const int32_t first = segment.position / kPageTokens;
+    const int32_t end = PagesFor(segment.position + static_cast<int64_t>(segment.tokens.size()));
+    return segment.pages.subspan(static_cast<size_t>(first), static_cast<size_t>(end - first));
+  }
+  void CopyLayer(const std::vector<std::byte>& from, std::vector<std::byte>& to, int32_t layer,
+                 std::span<const PageId> pages) const {
+    for (const PageId page : pages) {
+      const size_t offset = layout_.piece_offset(layer, page);
+      std::memcpy(to.data() + offset, from.data() + offset, layout_.piece_bytes());
+    }
+  }
+
   void Check(const Batch& batch) const {
     std::set<PageId> pages;
     for (const Segment& segment : batch.segments) {
@@ -195,7 +232,8 @@ class FakeBackend final : public Backend {
 
   const ModelConfig config_;
   const KvLayout layout_;
-  std::vector<std::byte> memory_;
+  std::vector<std::byte> device_;
+  std::vector<std::byte> memory_;  // its mirror
   std::vector<float> logits_;
 
   mutable std::mutex mutex_;
@@ -203,6 +241,7 @@ class FakeBackend final : public Backend {
   int32_t open_ = kOpen;
   int32_t forwards_ = 0;
   Status failure_;
+  Status copy_failure_;
   std::vector<std::pair<int32_t, size_t>> segments_;
 };
 

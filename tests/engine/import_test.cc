@@ -1,5 +1,6 @@
 // Prefill on one engine, decode on another: the hand-off as the engines see it.
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -137,6 +138,20 @@ TEST(EngineImport, ImportToGenerateLeavesThePagesToTheTicket) {
   EXPECT_EQ(decode.Settled().pages_ticket_only, 2);
   decode.engine->ReleaseTicket(1);
   decode.ExpectAllFree();
+}
+
+TEST(EngineImport, FailureToReachTheDeviceEndsTheEngine) {
+  TestEngine decode(10);
+  const auto answer = decode.BeginImport(Request(1, 10, 40));
+  const auto other = decode.BeginImport(Request(2, 10, 40));
+  ASSERT_TRUE(decode.Grant(1, 1).ok());
+  decode.backend->FailCopiesWith(Internal("the copy engine is gone"));
+  decode.engine->FinishImport(1, SampledToken{}, false);
+  EXPECT_THAT(std::string(Message(answer->AwaitEnd())), testing::HasSubstr("the copy engine is gone"));
+  EXPECT_EQ(other->AwaitEnd().code(), absl::StatusCode::kInternal);
+  decode.engine->ReleaseTicket(1);
+  decode.Settled();
+  EXPECT_FALSE(decode.engine->MakingProgress(std::chrono::hours(1)));
 }
 
 TEST(EngineImport, ReleasedTicketTakesNoMorePages) {
