@@ -180,7 +180,8 @@ TEST_F(RdmaRailsTest, EveryErrorCompletionIsSurvived) {
     ASSERT_TRUE(status.ok()) << status;
     ExpectWritten();
     CloseAndWait(*receiver_->transfer, ticket);
-    // On a busy machine late slices add outages of their own, so that "one for all flushes" cannot be counted here.
+    // On a busy machine late slices add outages of their own, so that "one for all flushes" cannot be counted
+    // here.
     EXPECT_GE(Trips("a0"), trips + 1) << "status " << bad;
   }
 }
