@@ -35,7 +35,7 @@ struct Segment {
   // layer, before LayerDone tells of the layer.
   bool exported = false;
   // With num_logits = 1: a backend that can may draw the token itself and leave the logits where they are.
-  std::optional<DrawParams> draw;
+  std::optional<DrawParams> draw = {};
 };
 
 struct Batch {
@@ -44,11 +44,11 @@ struct Batch {
 
 // Outputs of a step. Owned by the backend, valid until its next Forward.
 struct StepOutput {
-  std::span<const float> logits;  // [sum of num_logits, vocab_size], in segment order
+  std::span<const float> logits;      // [sum of num_logits, vocab_size], in segment order
+  std::span<const float> mtp_logits;  // [sum of num_logits over segments with next_tokens, vocab_size]
   // Per row of `logits` the token drawn, and then that row of logits is not valid; or -1, or empty: not
   // drawn.
-  std::span<const int32_t> drawn;
-  std::span<const float> mtp_logits;  // [sum of num_logits over segments with next_tokens, vocab_size]
+  std::span<const int32_t> drawn = {};
 };
 
 }  // namespace millrace::engine
