@@ -7,7 +7,7 @@ add_library(millrace_cuda_device STATIC
   ${here}/step_runner.cc ${here}/kernels/combine.cu ${here}/kernels/decode_attention.cu
   ${here}/kernels/grouped_gemm_decode.cu ${here}/kernels/grouped_gemm_prefill.cu ${here}/kernels/norm.cu
   ${here}/kernels/prefill_attention_mma.cu ${here}/kernels/prefill_attention_wgmma.cu ${here}/kernels/qk_rope.cu ${here}/kernels/quantize.cu
-  ${here}/kernels/reference.cu ${here}/kernels/router.cu ${here}/kernels/sampling.cu ${here}/kernels/tensor_map.cu)
+  ${here}/kernels/router.cu ${here}/kernels/sampling.cu ${here}/kernels/tensor_map.cu)
 target_include_directories(millrace_cuda_device PUBLIC ${here}/../../..)
 # A kernel that spills registers does not build.
 target_compile_options(millrace_cuda_device PRIVATE
