@@ -34,7 +34,7 @@ class RandomEngine {
   explicit RandomEngine(uint64_t seed)
       : random_(seed << 40),
         backend_(kPages),
-        core_(Options(&clock_, seed % 2 == 0), &backend_,
+        core_(Options(&clock_, seed % 5 == 0), &backend_,
               std::make_unique<FakePageFile>(FakeLayout(1).page_bytes(), 9, seed, &faults_)) {}
 
   void Step() {
