@@ -59,8 +59,8 @@ struct TokenEvent {
                       // import's first token that was already sent is not said again and leaves a gap there
   SampledToken token;
   FinishReason finish = FinishReason::kNone;  // not kNone on the last token
-  std::vector<float>
-      mtp_hidden;  // of a prefill with an MTP layer: the last row's final hidden state [hidden_size]
+  // Of a prefill with an MTP layer: the last row's final hidden state, [hidden_size].
+  std::vector<float> mtp_hidden = {};
   int32_t cached_tokens = 0;  // with the first token: how many of the prompt were found in the prefix cache
 };
 

@@ -4,6 +4,7 @@
 #include <future>
 
 #include "base/check.h"
+#include "engine/model/checkpoint.h"
 
 namespace millrace::engine {
 namespace {
