@@ -53,7 +53,9 @@ class HashBackend final : public engine::Backend {
       for (int32_t i = tokens - segment.num_logits; i < tokens; ++i)
         AppendLogits(segment, segment.position + i);
     }
-    return engine::StepOutput{logits_, {}};
+    engine::StepOutput output;
+    output.logits = logits_;
+    return output;
   }
 
  private:

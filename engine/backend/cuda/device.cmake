@@ -3,7 +3,7 @@
 find_package(CUDAToolkit REQUIRED)
 set(here ${CMAKE_CURRENT_LIST_DIR})
 add_library(millrace_cuda_device STATIC
-  ${here}/device_model.cc ${here}/gemm.cc ${here}/memory.cc ${here}/step_inputs.cc ${here}/step_memory.cc
+  ${here}/cublas_lt.cc ${here}/device_model.cc ${here}/gemm.cc ${here}/memory.cc ${here}/step_inputs.cc ${here}/step_memory.cc
   ${here}/step_runner.cc ${here}/kernels/combine.cu ${here}/kernels/decode_attention.cu
   ${here}/kernels/grouped_gemm_decode.cu ${here}/kernels/grouped_gemm_prefill.cu ${here}/kernels/norm.cu
   ${here}/kernels/prefill_attention_mma.cu ${here}/kernels/prefill_attention_wgmma.cu ${here}/kernels/qk_rope.cu ${here}/kernels/quantize.cu
@@ -13,4 +13,4 @@ target_include_directories(millrace_cuda_device PUBLIC ${here}/../../..)
 target_compile_options(millrace_cuda_device PRIVATE
   "$<$<COMPILE_LANGUAGE:CUDA>:-O3;-Xptxas=-warn-spills,-warn-lmem-usage,-Werror>"
   "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wshadow;-Werror>")
-target_link_libraries(millrace_cuda_device PUBLIC CUDA::cudart_static CUDA::cublasLt)
+target_link_libraries(millrace_cuda_device PUBLIC CUDA::cudart_static ${CMAKE_DL_LIBS})

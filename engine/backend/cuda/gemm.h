@@ -1,7 +1,6 @@
 #pragma once
 // Dense matrix products through cuBLASLt: bf16 operands, fp32 accumulation.
 
-#include <cublasLt.h>
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -9,6 +8,7 @@
 #include <memory>
 #include <tuple>
 
+#include "engine/backend/cuda/cublas_lt.h"
 #include "engine/backend/cuda/memory.h"
 #include "engine/backend/cuda/result.h"
 
@@ -42,6 +42,7 @@ class Gemm {
   Gemm() = default;
   Result MakePlan(const GemmArgs& args, Plan* plan);
 
+  const CublasLt* blas_ = nullptr;
   cublasLtHandle_t handle_ = nullptr;
   DeviceMemory workspace_;
   std::map<Shape, std::unique_ptr<Plan>> plans_;
