@@ -8,8 +8,8 @@
 // rails can.
 #include <arpa/inet.h>
 #include <gtest/gtest.h>
-#include <linux/if_arp.h>
 #include <net/if.h>
+#include <net/if_arp.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <sys/ioctl.h>
@@ -44,10 +44,10 @@ int FromEnvironment(const char* name, int otherwise) {
 int Trials() { return FromEnvironment("MILLRACE_RXE_TRIALS", 2); }
 int RateMbit() { return FromEnvironment("MILLRACE_RXE_MBIT", 60); }
 
-void Run(const std::string& command) { ASSERT_EQ(std::system(command.c_str()), 0) << command; }
+void Shell(const std::string& command) { ASSERT_EQ(std::system(command.c_str()), 0) << command; }
 void Shape(int rail, int mbit) {
   for (const char* const side : {"ra", "rb"})
-    Run(fmt::format("tc qdisc replace dev {}{} root tbf rate {}mbit burst 32k limit 8m", side, rail, mbit));
+    Shell(fmt::format("tc qdisc replace dev {}{} root tbf rate {}mbit burst 32k limit 8m", side, rail, mbit));
 }
 
 // Faults by system call, not by command: starting a process takes a busy guest longer than what is measured.
@@ -351,8 +351,8 @@ TEST_F(Guest, RateCollapse) {
 
 TEST_F(Guest, LossIsSurvived) {
   for (const char* const side : {"ra", "rb"})
-    Run(fmt::format("tc qdisc replace dev {}0 root netem loss 0.5% limit 20000 rate {}mbit", side,
-                    RateMbit()));
+    Shell(fmt::format("tc qdisc replace dev {}0 root netem loss 0.5% limit 20000 rate {}mbit", side,
+                      RateMbit()));
   const TicketId ticket = Grant();
   const TimePoint start = Clock::System().Now();
   Stream stream(sender_.get(), peer_, receiver_.get(), ticket);
