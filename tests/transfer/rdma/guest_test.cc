@@ -42,7 +42,7 @@ int FromEnvironment(const char* name, int otherwise) {
   return text == nullptr ? otherwise : std::atoi(text);
 }
 int Trials() { return FromEnvironment("MILLRACE_RXE_TRIALS", 2); }
-int RateMbit() { return FromEnvironment("MILLRACE_RXE_MBIT", 60); }
+int RateMbit() { return FromEnvironment("MILLRACE_RXE_MBIT", 100); }
 
 void Shell(const std::string& command) { ASSERT_EQ(std::system(command.c_str()), 0) << command; }
 void Shape(int rail, int mbit) {
@@ -104,6 +104,7 @@ Options GuestOptions(const char* include) {
   Options options = RailOptions(1);
   options.kinds = {"rdma"};
   options.include = {include};
+  options.slice_bytes_min = options.slice_bytes_max = 32 << 10;  // 2.6 ms at 100 Mbit/s: as on a real rail
   return options;
 }
 
@@ -174,6 +175,7 @@ class Guest : public testing::Test {
   }
   void TearDown() override {
     if (IsSkipped()) return;
+    if (HasFailure()) Explain();
     for (int i = 0; i < kRails; ++i) SetBlackHole(i, false);
     sender_.reset();
     receiver_.reset();
@@ -190,6 +192,15 @@ class Guest : public testing::Test {
     std::sort(paths.begin(), paths.end(),
               [](const auto& a, const auto& b) { return a.local_rail < b.local_rail; });
     return paths;
+  }
+  // What the paths say, for whoever has to find out why a test failed.
+  void Explain() {
+    for (const PathSnapshot& path : sender_->transfer->TakeSnapshot().paths) {
+      std::printf("%s %s: %s (%s) done %lu in flight %lu trips %lu hedged %lu delay %.1f ms\n",
+                  path.kind.c_str(), path.local_rail.c_str(), path.state.c_str(), path.reason.c_str(),
+                  path.slices_done, path.bytes_in_flight, path.trips, path.slices_hedged,
+                  path.delay_seconds * 1e3);
+    }
   }
   int NumUp() {
     const auto paths = Paths();
