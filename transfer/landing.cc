@@ -19,12 +19,13 @@ bool LandingTable::Begin(uint64_t peer_epoch, uint64_t slice, uint32_t attempt, 
   if (retired_below > peer.retired_below) {
     peer.retired_below = retired_below;
     // A copy of a retired slice that is still landing is a leftover of a connection that its sender gave up.
-    for (auto it = peer.slices.begin(); it != peer.slices.end() && it->first < retired_below;) {
-      if (Lander* const old = std::exchange(it->second.lander, nullptr)) {
-        ++num_superseded_;
-        old->Supersede();
-      }
-      it = peer.slices.erase(it);
+    // Superseding may end other copies as well, and so change the table: from its front every time.
+    while (!peer.slices.empty() && peer.slices.begin()->first < retired_below) {
+      Lander* const old = peer.slices.begin()->second.lander;
+      peer.slices.erase(peer.slices.begin());
+      if (old == nullptr) continue;
+      ++num_superseded_;
+      old->Supersede();
     }
   }
   if (slice < peer.retired_below) {
@@ -36,11 +37,12 @@ bool LandingTable::Begin(uint64_t peer_epoch, uint64_t slice, uint32_t attempt, 
     ++num_superseded_;
     return false;
   }
-  if (Lander* const old = std::exchange(entry.lander, lander)) {
+  entry.attempt = attempt;
+  if (Lander* const old = std::exchange(entry.lander, nullptr)) {
     ++num_superseded_;
     old->Supersede();
   }
-  entry.attempt = attempt;
+  peer.slices[slice].lander = lander;  // looked up anew: superseding may have changed the table
   return true;
 }
 

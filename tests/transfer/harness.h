@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <future>
 #include <memory>
 #include <thread>
@@ -29,11 +30,22 @@ inline Options RailOptions(int rails) {
 
 // What the conformance suite runs on.
 struct RailCase {
-  std::string name;  // of the test
-  Options options;   // of both sides
-  std::string skip;  // not empty: why it cannot run here
+  std::string name;                                             // of the test
+  Options options;                                              // of both sides
+  std::string skip;                                             // not empty: why it cannot run here
+  std::vector<std::string> receiver_include = options.include;  // where the sides differ
 };
 inline std::vector<RailCase> RailCases() {
+  // Set where there are RDMA devices: the patterns of the sender's and of the receiver's. Then only they are
+  // tested.
+  const char* const senders = std::getenv("MILLRACE_TEST_RDMA_SENDER");
+  const char* const receivers = std::getenv("MILLRACE_TEST_RDMA_RECEIVER");
+  if (senders != nullptr && receivers != nullptr) {
+    Options rdma = RailOptions(1);
+    rdma.kinds = {"rdma"};
+    rdma.include = {senders};
+    return {{"Rdma", rdma, "", {receivers}}};
+  }
   Options v6;
   v6.listen = {"[::1]:0"};
   Options found;

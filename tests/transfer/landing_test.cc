@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <vector>
+
 namespace millrace::transfer {
 namespace {
 
@@ -24,6 +26,31 @@ TEST_F(Landing, ALaterCopyTakesOverFromOneThatIsLanding) {
   table_.End(1, 10);
   EXPECT_EQ(b_.superseded, 0);
   EXPECT_FALSE(table_.Begin(1, 10, 1, 0, &a_)) << "an earlier copy comes last";
+}
+
+// A link that is put to rest for one of its copies ends all of them.
+struct Link : Lander {
+  void Supersede() override {
+    for (const uint64_t slice : others) table->End(1, slice);
+    others.clear();
+  }
+  LandingTable* table = nullptr;
+  std::vector<uint64_t> others;
+};
+
+TEST_F(Landing, SupersedingOneCopyMayEndOthers) {
+  Link link;
+  link.table = &table_;
+  for (uint64_t slice = 10; slice < 200; ++slice) ASSERT_TRUE(table_.Begin(1, slice, 1, 0, &link));
+  for (uint64_t slice = 11; slice < 200; ++slice) link.others.push_back(slice);
+  ASSERT_TRUE(table_.Begin(1, 10, 2, 0, &a_)) << "by a later copy";
+  EXPECT_EQ(table_.num_entries(), 1);
+  for (uint64_t slice = 300; slice < 500; ++slice) ASSERT_TRUE(table_.Begin(1, slice, 1, 0, &link));
+  for (uint64_t slice = 301; slice < 500; ++slice) link.others.push_back(slice);
+  ASSERT_TRUE(table_.Begin(1, 600, 1, 600, &b_)) << "by what is behind its sender";
+  EXPECT_EQ(a_.superseded, 1);
+  EXPECT_EQ(table_.num_entries(), 1);
+  EXPECT_EQ(b_.superseded, 0);
 }
 
 TEST_F(Landing, WhatIsRetiredNeverLands) {

@@ -16,8 +16,12 @@ class Conformance : public testing::TestWithParam<RailCase> {
     if (!GetParam().skip.empty()) GTEST_SKIP() << GetParam().skip;
   }
   Options options_ = GetParam().skip.empty() ? GetParam().options : Options();
+  static Options Receiver(Options options) {
+    options.include = GetParam().receiver_include;
+    return options;
+  }
   Side sender_{options_, kMemory, true, 1};
-  Side receiver_{options_, kMemory, true, 2};
+  Side receiver_{Receiver(options_), kMemory, true, 2};
   PeerId peer_ = *sender_.transfer->Open(receiver_.transfer->Descriptor());
 
   TicketId Grant(uint64_t offset, uint64_t bytes) {

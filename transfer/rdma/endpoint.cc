@@ -171,8 +171,6 @@ Status Endpoint::Connect(const End& remote) {
   if (remote.queue_pairs.size() != lanes_.size())
     return InvalidArgument("the peer has {} queue pairs for a link of {}", remote.queue_pairs.size(),
                            lanes_.size());
-  if (remote.address.mtu < IBV_MTU_256 || remote.address.mtu > IBV_MTU_4096)
-    return InvalidArgument("the peer names MTU {}", static_cast<int>(remote.address.mtu));
   for (const QueuePairName& name : remote.queue_pairs) {
     if (name.number > kNumberMask || name.first_psn > kNumberMask)
       return InvalidArgument("the peer names queue pair {:#x}, packet {:#x}", name.number, name.first_psn);
@@ -300,16 +298,35 @@ void Endpoint::Poll() {
   const uint32_t life = life_;
   ++polling_;
   for (uint32_t i = 0; i < lanes_.size() && life == life_; ++i) {
-    ibv_wc completions[16];
-    int count = 0;
     // A callback may have stopped this life: what is left belongs to none.
-    while (life == life_ && (count = device_->verbs().poll_cq(lanes_[i].cq, 16, completions)) > 0) {
-      for (int c = 0; c < count; ++c) OnCompletion(i, completions[c]);
+    while (life == life_ && (!lanes_[i].seen.empty() || Take(lanes_[i]))) {
+      const ibv_wc completion = lanes_[i].seen.front();
+      lanes_[i].seen.pop_front();
+      OnCompletion(i, completion);
     }
-    if (count < 0) Fail(Unavailable("RDMA device {}: a completion queue is broken", device_->name()));
   }
   --polling_;
   TellFailure();
+}
+
+// Moves what the completion queue holds, up to a batch. False: nothing.
+bool Endpoint::Take(Lane& lane) {
+  ibv_wc completions[16];
+  const int count = device_->verbs().poll_cq(lane.cq, 16, completions);
+  if (count < 0) Fail(Unavailable("RDMA device {}: a completion queue is broken", device_->name()));
+  for (int i = 0; i < count; ++i) lane.seen.push_back(completions[i]);
+  return count > 0;
+}
+
+bool Endpoint::HasImmediate(uint32_t queue_pair, uint32_t immediate) {
+  Lane& lane = lanes_.at(queue_pair);
+  while (Take(lane)) {
+  }
+  return std::any_of(lane.seen.begin(), lane.seen.end(), [&](const ibv_wc& completion) {
+    return (completion.wr_id >> 32 & kNumberMask) == (life_ & kNumberMask) &&
+           completion.status == IBV_WC_SUCCESS && completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM &&
+           be32toh(completion.imm_data) == immediate;
+  });
 }
 
 void Endpoint::OnCompletion(uint32_t index, const ibv_wc& completion) {

@@ -7,6 +7,7 @@
 // Stop (ERR, drained, RESET) -> Prepare ... on the same queue pairs. After an outage both ends must go round:
 // packet numbers of the old connection mean nothing to the new one.
 
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -80,11 +81,14 @@ class Endpoint {
   uint32_t num_queue_pairs() const { return static_cast<uint32_t>(lanes_.size()); }
   // Polls every completion queue until it is empty. Called on the channel's events; tests may call it.
   void Poll();
+  // Whether a WRITE with this immediate data has come in that `immediate` has not been called for yet.
+  bool HasImmediate(uint32_t queue_pair, uint32_t immediate);
 
  private:
   struct Lane {
     ibv_cq* cq = nullptr;
     ibv_qp* qp = nullptr;
+    std::deque<ibv_wc> seen;  // taken from the queue, not handled yet; in order
     uint32_t send_queue_used = 0;
     uint32_t first_psn = 0;
   };
@@ -93,6 +97,7 @@ class Endpoint {
   Status Build(uint32_t queue_pairs);
   Status PostReceive(uint32_t lane, uint32_t index);
   void OnChannel();
+  bool Take(Lane& lane);
   void OnCompletion(uint32_t lane, const ibv_wc& completion);
   void TellFailure();
   Status ToInit(Lane& lane);

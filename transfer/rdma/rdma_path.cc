@@ -141,8 +141,15 @@ void RdmaPath::Rest() {
   }
   bool at_rest = endpoint_->Stop();  // still reports what had completed
   state_ = State::kIdle;
-  if (!at_rest) {
-    at_rest = endpoint_->Destroy();
+  // Soft-RoCE (Linux 6.1) remembers a half-arrived READ over RESET and then fails every later life of the
+  // queue pair: it is made anew.
+  const bool spoilt = std::any_of(slots_.begin(), slots_.end(), [](const auto& slots) {
+    return std::any_of(slots.begin(), slots.end(), [](const Slot& slot) {
+      return slot.step == Step::kMoving && slot.slice.operation == Operation::kRead;
+    });
+  });
+  if (!at_rest || spoilt) {
+    at_rest = endpoint_->Destroy() || at_rest;
     // It may be the caller's caller: gone at the loop's next round.
     loop_->Post([dead = std::move(endpoint_)] {});
     endpoint_ = nullptr;

@@ -63,8 +63,12 @@ void RdmaTarget::OnConnect(const v1::Connect& connect, ControlChannel* channel) 
       MR_ASSIGN_OR_RETURN(endpoint_, Endpoint::Create(device_, env_.loop, static_cast<uint32_t>(queue_pairs),
                                                       std::move(events)));
       leases_.assign(queue_pairs, std::vector<Lease>(kSlots));
-      for (auto& lane : leases_) {
-        for (Lease& lease : lane) lease.target = this;
+      for (uint32_t lane = 0; lane < leases_.size(); ++lane) {
+        for (uint32_t slot = 0; slot < kSlots; ++slot) {
+          leases_[lane][slot].target = this;
+          leases_[lane][slot].queue_pair = lane;
+          leases_[lane][slot].slot = slot;
+        }
       }
     }
     MR_ASSIGN_OR_RETURN(const End end, endpoint_->Prepare());
@@ -128,15 +132,24 @@ void RdmaTarget::Rest() {
 void RdmaTarget::GiveBack(Lease* lease) {
   lease->active = false;
   --num_leases_;
+  if (std::exchange(lease->superseded, false)) return;
   if (!lease->read) env_.landing->End(peer_epoch_, lease->slice);
   env_.memory->Unpin(lease->ticket);
 }
 
-// One slot cannot be taken back alone: the whole link goes to rest, and the initiator makes it anew.
+// An initiator learns that its write has landed from its own adapter, often before this process has looked
+// into the completion queue: what it does next on another link must not cost this one. Otherwise one slot
+// cannot be taken back alone: the whole link goes to rest, and the initiator makes it anew.
 void RdmaTarget::Supersede(Lease* lease) {
+  const TicketId ticket = lease->ticket;
+  if (endpoint_ != nullptr && endpoint_->HasImmediate(lease->queue_pair, lease->slot)) {
+    lease->superseded = true;
+    env_.counters->bytes_received += lease->length;
+    env_.memory->Unpin(ticket);
+    return;
+  }
   lease->active = false;
   --num_leases_;
-  const TicketId ticket = lease->ticket;
   Break(Aborted("a later copy of a slice in flight came on another path"));
   env_.memory->Unpin(ticket);
 }
@@ -212,7 +225,7 @@ void RdmaTarget::OnEnd(uint32_t queue_pair, uint32_t slot, bool by_write) {
   if (slot >= kSlots || !leases_[queue_pair][slot].active || leases_[queue_pair][slot].read == by_write)
     return endpoint_->Fail(DataLoss("the end of no slice: slot {}", slot));
   Lease& lease = leases_[queue_pair][slot];
-  if (by_write) env_.counters->bytes_received += lease.length;
+  if (by_write && !lease.superseded) env_.counters->bytes_received += lease.length;
   GiveBack(&lease);
 }
 
@@ -229,7 +242,8 @@ void RdmaTarget::SendAnswer(uint32_t queue_pair, const Frame& frame) {
 void RdmaTarget::OnTicketClosing(TicketId ticket, TimePoint now) {
   for (const auto& lane : leases_) {
     for (const Lease& lease : lane) {
-      if (lease.active && lease.ticket == ticket) closing_since_ = std::min(closing_since_, now);
+      if (lease.active && !lease.superseded && lease.ticket == ticket)
+        closing_since_ = std::min(closing_since_, now);
     }
   }
 }
@@ -244,7 +258,8 @@ TimePoint RdmaTarget::Tick(TimePoint now) {
   if (closing_since_ == kNoDeadline) return next;
   bool stuck = false;
   for (const auto& lane : leases_) {
-    for (const Lease& lease : lane) stuck = stuck || (lease.active && env_.memory->IsClosing(lease.ticket));
+    for (const Lease& lease : lane)
+      stuck = stuck || (lease.active && !lease.superseded && env_.memory->IsClosing(lease.ticket));
   }
   if (!stuck) {
     closing_since_ = kNoDeadline;

@@ -55,7 +55,10 @@ class RdmaTarget {
   struct Lease : public Lander {
     RdmaTarget* target = nullptr;
     bool active = false;
+    bool superseded = false;  // after it had landed; only the news of that is on its way
     bool read = false;
+    uint32_t queue_pair = 0;
+    uint32_t slot = 0;
     TicketId ticket = 0;
     uint64_t slice = 0;
     uint32_t length = 0;
