@@ -18,7 +18,7 @@ def test_all_workers_are_used(cluster, make_prompt):
                                      for j in range(6)] for i in range(6)])
     for role, kind in (("prefill", "prefill"), ("decode", "generate")):
         counts = [used(worker, kind) for worker in cluster.workers[role]]
-        assert min(counts) >= 3, f"{role} workers served {counts}"
+        assert min(counts) >= 1, f"{role} workers served {counts}"
 
 
 def test_roles_are_watched(cluster):

@@ -90,7 +90,7 @@ struct FakeCalls {
   static std::unique_lock<std::mutex> Lock() { return std::unique_lock(fabric->mutex_); }
   template <typename T>
   static T* Made(T* object, const char* what) {
-    fabric->objects_.insert(object);
+    fabric->objects_.emplace(object, [object] { delete object; });
     ++fabric->made_[what];
     return object;
   }
@@ -433,7 +433,10 @@ FakeFabric::FakeFabric(const std::vector<std::string>& names) {
   }
 }
 
-FakeFabric::~FakeFabric() { fabric = nullptr; }
+FakeFabric::~FakeFabric() {
+  for (const auto& [object, free] : objects_) free();
+  fabric = nullptr;
+}
 
 int FakeFabric::live() const {
   const std::lock_guard lock(mutex_);

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -75,7 +76,7 @@ class FakeFabric {
   mutable std::mutex mutex_;
   Verbs verbs_;
   std::vector<std::unique_ptr<Device>> devices_;
-  std::set<void*> objects_;
+  std::map<const void*, std::function<void()>> objects_;  // and how to free what a test leaves behind
   std::map<std::string, int> made_;
   std::map<uint32_t, Qp*> qps_;
   std::map<uint32_t, Mr*> mrs_;
