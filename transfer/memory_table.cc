@@ -218,6 +218,7 @@ std::vector<TicketId> MemoryTable::CloseAll() {
     const std::lock_guard lock(mutex_);
     for (const auto& [id, ticket] : tickets_) ids.push_back(id);
   }
+  std::sort(ids.begin(), ids.end());
   for (const TicketId id : ids) {
     if (Close(id, [] {})) pinned.push_back(id);
   }

@@ -93,17 +93,20 @@ std::vector<uint64_t> PathControl::TakeLate(TimePoint now) {
   std::vector<uint64_t> late;
   if (now < next_late_) return late;
   next_late_ = kNoDeadline;
-  for (auto& [id, sent] : in_flight_) {
+  for (const auto& [id, sent] : in_flight_) {
     if (sent.late) continue;
     if (sent.late_at > now) {
       next_late_ = std::min(next_late_, sent.late_at);
       continue;
     }
-    sent.late = true;
-    meter_.Late(now - sent.at, sent.queued);
     late.push_back(id);
   }
   std::sort(late.begin(), late.end());  // the hash map's order must not decide anything
+  for (const uint64_t id : late) {
+    Sent& sent = in_flight_.at(id);
+    sent.late = true;
+    meter_.Late(now - sent.at, sent.queued);
+  }
   if (!late.empty()) Suspect(now, "slices are late");
   return late;
 }

@@ -29,7 +29,7 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
         sender_epoch_(path->own_epoch_),
         path_(path),
         generation_(generation) {
-    receiver_->open.insert(this);
+    receiver_->open.push_back(this);
     receiver_->landing.Join(sender_epoch_);
   }
   void LeavePath() { path_ = nullptr; }
@@ -155,7 +155,7 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
     if (closed_) return;
     closed_ = true;
     LandingOver();
-    receiver_->open.erase(this);
+    std::erase(receiver_->open, this);
     receiver_->landing.Leave(sender_epoch_);
     queue_.clear();  // its frames hold this connection
     due_ = 0;
@@ -218,11 +218,11 @@ Receiver::Receiver(World* w, Checks* c, Bug b, uint64_t e, uint64_t blocks)
 
 void Receiver::Die() {
   dead = true;
-  while (!open.empty()) (*open.begin())->Close();
+  while (!open.empty()) open.front()->Close();
 }
 
 void Receiver::Watch() {
-  const std::set<SimConnection*> now = open;
+  const std::vector<SimConnection*> now = open;
   for (SimConnection* const connection : now) {
     if (bug == Bug::kTimerDrains && connection->StuckIn(milliseconds(0))) {
       connection->ForgetPin();
@@ -243,11 +243,11 @@ SimPath::SimPath(World* world, Rail* rail, Receiver* receiver, Sources* sources,
   traits_.kind = "sim";
   traits_.local_rail = traits_.remote_rail = std::move(name);
   traits_.carries_slices = !control;
-  rail_->paths.insert(this);
+  rail_->paths.push_back(this);
 }
 
 SimPath::~SimPath() {
-  rail_->paths.erase(this);
+  std::erase(rail_->paths, this);
   if (connection_ != nullptr) connection_->LeavePath();
 }
 

@@ -59,7 +59,7 @@ struct Rail {
   double factor = 1;        // of the rate
   double damage = 0;        // probability that a slice's bytes are wrong
   TimePoint busy_until{};
-  std::set<class SimPath*> paths;
+  std::vector<class SimPath*> paths;  // oldest first: a set of pointers has another order in each run
   uint64_t bytes_carried = 0;
 };
 
@@ -75,10 +75,10 @@ class Receiver {
   transfer::MemoryTable memory;
   transfer::LandingTable landing;
   transfer::RegionId region = 0;
-  std::vector<uint64_t> stamps;         // of each block; 0 = as it was
-  std::vector<bool> guarded;            // blocks whose ticket has drained: nothing may land there
-  uint64_t bytes_landed = 0;            // of slices that were answered as such
-  std::set<class SimConnection*> open;  // connections to it
+  std::vector<uint64_t> stamps;            // of each block; 0 = as it was
+  std::vector<bool> guarded;               // blocks whose ticket has drained: nothing may land there
+  uint64_t bytes_landed = 0;               // of slices that were answered as such
+  std::vector<class SimConnection*> open;  // connections to it, oldest first
   bool dead = false;
   Receiver* successor = nullptr;  // the restarted process
 

@@ -43,7 +43,7 @@ TEST(Simulation, RandomSchedulesViolateNothing) {
 
 TEST(Simulation, ASeedReplaysExactly) {
   Quiet();
-  for (uint64_t seed = 1; seed <= 20; ++seed) {
+  for (uint64_t seed = 1; seed <= 100; ++seed) {
     const Outcome a = RunSchedule(seed), b = RunSchedule(seed);
     EXPECT_EQ(a.steps, b.steps);
     EXPECT_EQ(a.requests_ok, b.requests_ok);
