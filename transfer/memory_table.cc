@@ -25,35 +25,65 @@ Status MemoryTable::Deregister(RegionId region) {
   const auto found = regions_.find(region);
   if (found == regions_.end()) return NotFound("region {} is not registered", region);
   if (found->second.uses > 0) {
-    return FailedPrecondition("region {} is named by {} tickets or writes", region, found->second.uses);
+    return FailedPrecondition("region {} is named by {} tickets or requests", region, found->second.uses);
   }
   regions_.erase(found);
   return OkStatus();
 }
 
-StatusOr<std::span<const std::byte>> MemoryTable::UseSource(const Range& range) {
-  const std::lock_guard lock(mutex_);
-  const auto found = regions_.find(range.region);
-  if (found == regions_.end()) return InvalidArgument("source region {} is not registered", range.region);
-  Region& region = found->second;
-  if (range.bytes == 0 || !Within(range.offset, range.bytes, region.memory.size())) {
-    return InvalidArgument("source range {}+{} is empty or outside region {} of {} bytes", range.offset,
-                           range.bytes, range.region, region.memory.size());
-  }
-  ++region.uses;
-  return region.memory.subspan(range.offset, range.bytes);
+namespace {
+
+// The extent of all pieces of an intent, or false when it is empty or cannot be told in 64 bits.
+bool Extent(const Intent& intent, uint64_t* bytes) {
+  if (intent.local.bytes == 0 || intent.count == 0) return false;
+  const uint64_t steps = intent.count - 1;
+  uint64_t last = 0;
+  return !__builtin_mul_overflow(steps, intent.local_stride, &last) &&
+         !__builtin_add_overflow(last, intent.local.bytes, bytes);
 }
 
-void MemoryTable::ReleaseSource(RegionId region) {
+}  // namespace
+
+Status MemoryTable::UseLocal(std::span<const Intent> intents, std::vector<std::byte*>* bases,
+                             std::vector<RegionId>* regions, bool* writable) {
   const std::lock_guard lock(mutex_);
-  --regions_.at(region).uses;
+  bases->reserve(intents.size());
+  RegionId last = 0;
+  Region* region = nullptr;
+  std::vector<RegionId> used;
+  for (const Intent& intent : intents) {
+    if (region == nullptr || intent.local.region != last) {
+      last = intent.local.region;
+      const auto found = regions_.find(last);
+      if (found == regions_.end()) return InvalidArgument("local region {} is not registered", last);
+      region = &found->second;
+      if (std::find(used.begin(), used.end(), last) == used.end()) used.push_back(last);
+      *writable = *writable && region->writable;
+    }
+    uint64_t bytes = 0;
+    if (!Extent(intent, &bytes) || !Within(intent.local.offset, bytes, region->memory.size())) {
+      return InvalidArgument("local range {}+{} (x {}, every {}) is empty or outside region {} of {} bytes",
+                             intent.local.offset, intent.local.bytes, intent.count, intent.local_stride, last,
+                             region->memory.size());
+    }
+    bases->push_back(region->memory.data() + intent.local.offset);
+  }
+  for (const RegionId id : used) ++regions_.at(id).uses;
+  *regions = std::move(used);
+  return OkStatus();
+}
+
+void MemoryTable::ReleaseLocal(std::span<const RegionId> regions) {
+  const std::lock_guard lock(mutex_);
+  for (const RegionId region : regions) --regions_.at(region).uses;
 }
 
 Status MemoryTable::AddRanges(Ticket& ticket, std::vector<Range> ranges) {
   for (const Range& range : ranges) {
     const auto found = regions_.find(range.region);
     if (found == regions_.end()) return InvalidArgument("region {} is not registered", range.region);
-    if (!found->second.writable) return InvalidArgument("region {} is not writable for peers", range.region);
+    if (ticket.operation == Operation::kWrite && !found->second.writable)
+      return InvalidArgument("region {} is not writable for peers", range.region);
     if (range.bytes == 0 || !Within(range.offset, range.bytes, found->second.memory.size())) {
       return InvalidArgument("range {}+{} is empty or outside region {}", range.offset, range.bytes,
                              range.region);
@@ -78,9 +108,10 @@ Status MemoryTable::AddRanges(Ticket& ticket, std::vector<Range> ranges) {
   return OkStatus();
 }
 
-StatusOr<TicketId> MemoryTable::Open(uint64_t peer_epoch, std::vector<Range> ranges) {
+StatusOr<TicketId> MemoryTable::Open(uint64_t peer_epoch, std::vector<Range> ranges, Operation operation) {
   const std::lock_guard lock(mutex_);
   Ticket ticket;
+  ticket.operation = operation;
   ticket.peer_epoch = peer_epoch;
   MR_RETURN_IF_ERROR(AddRanges(ticket, std::move(ranges)));
   const TicketId id = next_ticket_++;
@@ -106,8 +137,9 @@ std::vector<TicketDone> MemoryTable::RemoveIfDrained(TicketId id) {
   return waiting;
 }
 
-void MemoryTable::Close(TicketId id, TicketDone done) {
+bool MemoryTable::Close(TicketId id, TicketDone done) {
   std::vector<TicketDone> ready;
+  bool pinned = false;
   {
     const std::lock_guard lock(mutex_);
     const auto found = tickets_.find(id);
@@ -116,20 +148,36 @@ void MemoryTable::Close(TicketId id, TicketDone done) {
     } else {
       found->second.closing = true;
       found->second.waiting.push_back(std::move(done));
+      pinned = found->second.pins > 0;
       ready = RemoveIfDrained(id);
     }
   }
   for (TicketDone& callback : ready) std::move(callback)();
+  return pinned;
 }
 
-StatusOr<std::byte*> MemoryTable::Admit(uint64_t peer_epoch, TicketId id, RegionId region, uint64_t offset,
-                                        uint32_t length) {
-  const std::lock_guard lock(mutex_);
+StatusOr<MemoryTable::Ticket*> MemoryTable::FindOpen(uint64_t peer_epoch, TicketId id) {
   const auto found = tickets_.find(id);
   if (found == tickets_.end()) return PermissionDenied("there is no ticket {}", id);
-  Ticket& ticket = found->second;
-  if (ticket.closing) return PermissionDenied("ticket {} is closed", id);
-  if (ticket.peer_epoch != peer_epoch) return PermissionDenied("ticket {} is another peer's", id);
+  if (found->second.closing) return PermissionDenied("ticket {} is closed", id);
+  if (found->second.peer_epoch != peer_epoch) return PermissionDenied("ticket {} is another peer's", id);
+  return &found->second;
+}
+
+StatusOr<MemoryTable::Grant> MemoryTable::PinTicket(uint64_t peer_epoch, TicketId id) {
+  const std::lock_guard lock(mutex_);
+  MR_ASSIGN_OR_RETURN(Ticket* const ticket, FindOpen(peer_epoch, id));
+  ++ticket->pins;
+  return Grant{ticket->operation, ticket->ranges};
+}
+
+StatusOr<std::byte*> MemoryTable::Admit(uint64_t peer_epoch, TicketId id, Operation operation,
+                                        RegionId region, uint64_t offset, uint32_t length) {
+  const std::lock_guard lock(mutex_);
+  MR_ASSIGN_OR_RETURN(Ticket* const open, FindOpen(peer_epoch, id));
+  Ticket& ticket = *open;
+  if (ticket.operation != operation)
+    return PermissionDenied("ticket {} is not for a {}", id, Name(operation));
   const auto after =
       std::upper_bound(ticket.ranges.begin(), ticket.ranges.end(), std::pair(region, offset),
                        [](const auto& at, const Range& range) {
@@ -163,18 +211,29 @@ bool MemoryTable::IsClosing(TicketId id) const {
   return found == tickets_.end() || found->second.closing;
 }
 
-void MemoryTable::CloseAll() {
+std::vector<TicketId> MemoryTable::CloseAll() {
   std::vector<TicketId> ids;
+  std::vector<TicketId> pinned;
   {
     const std::lock_guard lock(mutex_);
     for (const auto& [id, ticket] : tickets_) ids.push_back(id);
   }
-  for (const TicketId id : ids) Close(id, [] {});
+  std::sort(ids.begin(), ids.end());
+  for (const TicketId id : ids) {
+    if (Close(id, [] {})) pinned.push_back(id);
+  }
+  return pinned;
 }
 
 int32_t MemoryTable::num_open() const {
   const std::lock_guard lock(mutex_);
   return static_cast<int32_t>(tickets_.size());
+}
+
+int32_t MemoryTable::num_draining() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<int32_t>(std::count_if(tickets_.begin(), tickets_.end(),
+                                            [](const auto& entry) { return entry.second.closing; }));
 }
 
 }  // namespace millrace::transfer

@@ -18,36 +18,52 @@ class MemoryTable {
   RegionId Register(std::span<std::byte> memory, bool writable);
   Status Deregister(RegionId region);
 
-  // Sender: the bytes of a range, counted as in use until ReleaseSource. InvalidArgument outside the region.
-  StatusOr<std::span<const std::byte>> UseSource(const Range& range);
-  void ReleaseSource(RegionId region);
+  // Submitter: where each intent's local bytes begin, and the regions they are in, counted as in use until
+  // ReleaseLocal. `writable`: all of those may be written to. InvalidArgument for an empty range or one
+  // outside its region; then nothing is in use.
+  Status UseLocal(std::span<const Intent> intents, std::vector<std::byte*>* bases,
+                  std::vector<RegionId>* regions, bool* writable);
+  void ReleaseLocal(std::span<const RegionId> regions);
 
-  // Receiver.
-  StatusOr<TicketId> Open(uint64_t peer_epoch, std::vector<Range> ranges);
+  // Owner.
+  StatusOr<TicketId> Open(uint64_t peer_epoch, std::vector<Range> ranges,
+                          Operation operation = Operation::kWrite);
   Status Extend(TicketId ticket, std::vector<Range> ranges);
-  // `done` runs here when nothing is pinned, else in the Unpin that takes the last pin.
-  void Close(TicketId ticket, TicketDone done);
-  // Where a slice may land. The ticket is pinned on success. PermissionDenied says what is missing.
-  StatusOr<std::byte*> Admit(uint64_t peer_epoch, TicketId ticket, RegionId region, uint64_t offset,
-                             uint32_t length);
+  // `done` runs here when nothing is pinned, else in the Unpin that takes the last pin; then the answer is
+  // true and kinds of rail are to be told.
+  bool Close(TicketId ticket, TicketDone done);
+  // Where a slice may land, or may be read from. The ticket is pinned on success. PermissionDenied says what
+  // is missing.
+  StatusOr<std::byte*> Admit(uint64_t peer_epoch, TicketId ticket, Operation operation, RegionId region,
+                             uint64_t offset, uint32_t length);
+  // For rails on which the peer moves bytes by itself: one pin for as long as it may, and what it may touch.
+  struct Grant {
+    Operation operation = Operation::kWrite;
+    std::vector<Range> ranges;  // sorted, neighbours joined; an extended ticket has more later
+  };
+  StatusOr<Grant> PinTicket(uint64_t peer_epoch, TicketId ticket);
   void Unpin(TicketId ticket);
   bool IsClosing(TicketId ticket) const;
-  void CloseAll();  // every ticket; their waiters run as pins go
+  std::vector<TicketId>
+  CloseAll();  // every ticket; their waiters run as pins go. Those that are pinned still.
   int32_t num_open() const;
+  int32_t num_draining() const;  // closed and pinned
 
  private:
   struct Region {
     std::span<std::byte> memory;
     bool writable = false;
-    int32_t uses = 0;  // tickets and writes that name it
+    int32_t uses = 0;  // tickets and intent lists that name it
   };
   struct Ticket {
     uint64_t peer_epoch = 0;
+    Operation operation = Operation::kWrite;
     std::vector<Range> ranges;  // sorted, neighbours joined
     int32_t pins = 0;
     bool closing = false;
     std::vector<TicketDone> waiting;
   };
+  StatusOr<Ticket*> FindOpen(uint64_t peer_epoch, TicketId ticket);
   Status AddRanges(Ticket& ticket, std::vector<Range> ranges);
   std::vector<TicketDone> RemoveIfDrained(TicketId id);
 

@@ -5,122 +5,193 @@
 #include "base/check.h"
 
 namespace millrace::transfer {
+namespace {
 
-void SliceQueue::Add(WriteRequest request, std::vector<std::span<const std::byte>> sources, WriteDone done) {
-  const uint64_t id = next_write_++;
-  auto write = std::make_unique<Write>();
-  write->key = {-request.priority, request.deadline, id};
-  write->request = std::move(request);
-  write->sources = std::move(sources);
-  write->done = std::move(done);
-  for (const auto& source : write->sources) write->bytes_left += source.size();
-  ready_.insert(write->key);
-  writes_.emplace(id, std::move(write));
+// A request without a deadline is due when this rate would have carried it: an eighth of a 1 GB/s link.
+constexpr double kFairBytesPerSecond = 125e6;
+constexpr Duration kDueMax = std::chrono::seconds(10);
+
+TimePoint Due(TimePoint now, TimePoint deadline, uint64_t bytes, int32_t priority) {
+  const auto fair = std::min<Duration>(
+      kDueMax, Duration(static_cast<int64_t>(static_cast<double>(bytes) / kFairBytesPerSecond * 1e9)));
+  return std::min(deadline, now + fair) - std::clamp(priority, -kPriorityMax, kPriorityMax) * kPriorityStep;
 }
 
-Slice SliceQueue::Take() {
-  if (!resend_.empty()) {
-    Slice slice = resend_.front();
-    resend_.pop_front();
-    ++writes_.at(slice.write)->in_flight;
-    return slice;
+}  // namespace
+
+void SliceQueue::Add(Operation operation, TicketId ticket, int32_t priority, TimePoint now,
+                     TimePoint deadline, std::shared_ptr<IntentList> intents, RequestDone done) {
+  const uint64_t id = next_request_++;
+  const uint64_t bytes = intents->bytes();
+  const IntentCursor cursor(intents.get());
+  auto request = std::make_unique<Pending>(Pending{{Due(now, deadline, bytes, priority), id},
+                                                   operation,
+                                                   ticket,
+                                                   deadline,
+                                                   std::move(intents),
+                                                   std::move(done),
+                                                   cursor,
+                                                   bytes,
+                                                   0,
+                                                   OkStatus()});
+  ready_.insert(request->key);
+  if (deadline != kNoDeadline) deadlines_.insert({deadline, id});
+  bytes_waiting_ += bytes;
+  ++tickets_[ticket];
+  requests_.emplace(id, std::move(request));
+}
+
+Slice SliceQueue::Take(uint64_t bytes_max) {
+  if (!again_.empty()) {
+    Live& live = slices_.at(again_.front());
+    again_.pop_front();
+    live.waiting = live.landed = live.doubtful = false;
+    live.copies = 1;
+    ++live.slice.attempt;
+    bytes_waiting_ -= live.slice.local.size();
+    live.slice.retired_below = RetiredBelow();
+    return live.slice;
   }
-  Write& write = *writes_.at(ready_.begin()->id);
-  const auto source = write.sources[write.intent];
-  const uint64_t bytes = std::min<uint64_t>(slice_bytes_max_, source.size() - write.offset);
+  Pending& request = *requests_.at(ready_.begin()->second);
   Slice slice;
   slice.id = next_slice_++;
-  slice.write = write.key.id;
-  slice.bytes = source.subspan(write.offset, bytes);
-  slice.ticket = write.request.ticket;
-  slice.remote_region = write.request.intents[write.intent].remote_region;
-  slice.remote_offset = write.request.intents[write.intent].remote_offset + write.offset;
-  ++write.in_flight;
-  write.offset += bytes;
-  if (write.offset == source.size()) {
-    ++write.intent;
-    write.offset = 0;
-    if (write.intent == write.sources.size()) ready_.erase(ready_.begin());
-  }
+  slice.request = request.key.second;
+  slice.operation = request.operation;
+  slice.ticket = request.ticket;
+  request.cursor.Cut(bytes_max, &slice);
+  request.bytes_uncut -= slice.local.size();
+  bytes_waiting_ -= slice.local.size();
+  ++request.slices;
+  if (request.bytes_uncut == 0) ready_.erase(ready_.begin());
+  Live& live = slices_[slice.id];
+  live.slice = slice;
+  live.copies = 1;
+  slice.retired_below = RetiredBelow();
   return slice;
 }
 
-void SliceQueue::Landed(const Slice& slice) {
-  Write& write = *writes_.at(slice.write);
-  --write.in_flight;
-  write.bytes_left -= slice.bytes.size();
-  EndIfOver(slice.write);
+Slice SliceQueue::Copy(uint64_t id) {
+  Live& live = slices_.at(id);
+  MR_CHECK(live.copies > 0);
+  ++live.copies;
+  ++live.slice.attempt;
+  if (live.slice.operation == Operation::kWrite) live.landed = false;
+  live.slice.retired_below = RetiredBelow();
+  return live.slice;
 }
 
-void SliceQueue::Return(const Slice& slice) {
-  Write& write = *writes_.at(slice.write);
-  --write.in_flight;
-  if (write.failure.ok()) resend_.push_back(slice);
-  EndIfOver(slice.write);
+bool SliceQueue::Wanted(uint64_t id) const {
+  const auto found = slices_.find(id);
+  return found != slices_.end() && !found->second.landed &&
+         requests_.at(found->second.slice.request)->failure.ok();
 }
 
-void SliceQueue::Fail(const Slice& slice, const Status& status) {
-  Write& write = *writes_.at(slice.write);
-  --write.in_flight;
-  FailWrite(write, status);
-}
-
-// Nothing more of it is taken; it ends when nothing of it is in flight.
-void SliceQueue::FailWrite(Write& write, const Status& status) {
-  const uint64_t id = write.key.id;
-  if (write.failure.ok()) {
-    write.failure = status;
-    ready_.erase(write.key);
-    std::erase_if(resend_, [id](const Slice& slice) { return slice.write == id; });
+void SliceQueue::Done(uint64_t id, uint32_t attempt, SliceOutcome outcome) {
+  Live& live = slices_.at(id);
+  MR_CHECK(live.copies > 0 && !live.waiting);
+  --live.copies;
+  Pending& request = *requests_.at(live.slice.request);
+  const bool landed = outcome == SliceOutcome::kLanded;
+  if (live.slice.operation == Operation::kRead) {
+    live.landed |= landed;
+    live.doubtful |= !landed;
+  } else if (attempt == live.slice.attempt) {
+    live.landed = landed;
   }
+  if (outcome == SliceOutcome::kRefused && request.failure.ok()) {
+    FailRequest(request,
+                PermissionDenied("the {} of {} bytes under ticket {} was refused: closed, unknown or "
+                                 "not granted",
+                                 Name(live.slice.operation), live.slice.local.size(), live.slice.ticket));
+  }
+  Live& now = slices_.at(id);  // failing the request may have moved it
+  if (now.copies > 0) return;
+  if ((now.landed && !now.doubtful) || !request.failure.ok()) return EndSlice(id);
+  now.waiting = true;
+  bytes_waiting_ += now.slice.local.size();
+  again_.push_back(id);
+}
+
+void SliceQueue::EndSlice(uint64_t id) {
+  const Live& live = slices_.at(id);
+  const uint64_t request = live.slice.request;
+  if (live.waiting) {
+    bytes_waiting_ -= live.slice.local.size();
+    std::erase(again_, id);
+  }
+  slices_.erase(id);
+  --requests_.at(request)->slices;
+  EndIfOver(request);
+}
+
+// Nothing more of it is taken; it ends when no copy of its slices is in flight.
+void SliceQueue::FailRequest(Pending& request, const Status& status) {
+  if (!request.failure.ok()) return;
+  const uint64_t id = request.key.second;
+  request.failure = status;
+  ready_.erase(request.key);
+  bytes_waiting_ -= std::exchange(request.bytes_uncut, 0);
+  std::vector<uint64_t> idle;
+  for (const uint64_t slice : again_) {
+    if (slices_.at(slice).slice.request == id) idle.push_back(slice);
+  }
+  ++request.slices;  // keeps it alive through the loop
+  for (const uint64_t slice : idle) EndSlice(slice);
+  --request.slices;
   EndIfOver(id);
 }
 
 void SliceQueue::EndIfOver(uint64_t id) {
-  const auto found = writes_.find(id);
-  Write& write = *found->second;
-  const bool over = write.failure.ok() ? write.bytes_left == 0 : write.in_flight == 0;
-  if (!over) return;
-  MR_CHECK(write.in_flight == 0, "a write ended with {} slices in flight", write.in_flight);
-  const std::unique_ptr<Write> ended = std::move(found->second);
-  writes_.erase(found);
-  for (const Intent& intent : ended->request.intents) memory_->ReleaseSource(intent.source.region);
+  const auto found = requests_.find(id);
+  Pending& request = *found->second;
+  if (request.bytes_uncut > 0 || request.slices > 0) return;
+  const std::unique_ptr<Pending> ended = std::move(found->second);
+  requests_.erase(found);
+  if (ended->deadline != kNoDeadline) deadlines_.erase({ended->deadline, id});
+  const auto ticket = tickets_.find(ended->ticket);
+  if (--ticket->second == 0) tickets_.erase(ticket);
+  ended->intents.reset();
   std::move(ended->done)(ended->failure);
   CheckFences();
 }
 
 void SliceQueue::FailAll(const Status& status) {
   std::vector<uint64_t> ids;
-  for (const auto& [id, write] : writes_) ids.push_back(id);
+  for (const auto& [id, request] : requests_) ids.push_back(id);
   std::sort(ids.begin(), ids.end());
-  for (const uint64_t id : ids) FailWrite(*writes_.at(id), status);
+  for (const uint64_t id : ids) FailRequest(*requests_.at(id), status);
+}
+
+void SliceQueue::EndAll() {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, live] : slices_) ids.push_back(id);
+  for (const uint64_t id : ids) EndSlice(id);
 }
 
 void SliceQueue::FailExpired(TimePoint now) {
-  std::vector<uint64_t> ids;
-  for (const auto& [id, write] : writes_) {
-    if (write->request.deadline <= now && write->failure.ok()) ids.push_back(id);
+  while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
+    const uint64_t id = deadlines_.begin()->second;
+    Pending& request = *requests_.at(id);
+    deadlines_.erase(deadlines_.begin());
+    request.deadline = kNoDeadline;
+    FailRequest(request, DeadlineExceeded("the deadline passed"));
   }
-  for (const uint64_t id : ids) FailWrite(*writes_.at(id), DeadlineExceeded("the write's deadline passed"));
 }
 
 void SliceQueue::Cancel(TicketId ticket, TicketDone done) {
   std::vector<uint64_t> ids;
-  for (const auto& [id, write] : writes_) {
-    if (write->request.ticket == ticket) ids.push_back(id);
+  for (const auto& [id, request] : requests_) {
+    if (request->ticket == ticket) ids.push_back(id);
   }
+  std::sort(ids.begin(), ids.end());
   fences_.emplace_back(ticket, std::move(done));
-  for (const uint64_t id : ids) FailWrite(*writes_.at(id), Cancelled("the write was cancelled"));
+  for (const uint64_t id : ids) FailRequest(*requests_.at(id), Cancelled("the request was cancelled"));
   CheckFences();
 }
 
 void SliceQueue::CheckFences() {
   for (size_t i = 0; i < fences_.size();) {
-    const TicketId ticket = fences_[i].first;
-    const bool busy = std::any_of(writes_.begin(), writes_.end(), [ticket](const auto& entry) {
-      return entry.second->request.ticket == ticket;
-    });
-    if (busy) {
+    if (tickets_.contains(fences_[i].first)) {
       ++i;
       continue;
     }
@@ -128,12 +199,6 @@ void SliceQueue::CheckFences() {
     fences_.erase(fences_.begin() + static_cast<ptrdiff_t>(i));
     std::move(done)();
   }
-}
-
-TimePoint SliceQueue::NextDeadline() const {
-  TimePoint next = kNoDeadline;
-  for (const auto& [id, write] : writes_) next = std::min(next, write->request.deadline);
-  return next;
 }
 
 }  // namespace millrace::transfer

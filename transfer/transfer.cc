@@ -9,15 +9,13 @@
 #include "base/check.h"
 #include "base/digest.h"
 #include "base/log.h"
-#include "base/net.h"
 #include "base/random.h"
 #include "base/thread.h"
 #include "proto/transfer.pb.h"
-#include "transfer/event_loop.h"
-#include "transfer/local/local_path.h"
 #include "transfer/peer.h"
-#include "transfer/tcp/tcp_path.h"
-#include "transfer/tcp/tcp_receiver.h"
+#include "transfer/rail.h"
+#include "transfer/telemetry.h"
+#include "transfer/wire.h"
 
 namespace millrace::transfer {
 namespace {
@@ -26,126 +24,153 @@ namespace {
 struct PeerEntry {
   uint64_t epoch = 0;
   std::atomic<uint64_t> queued_bytes{0};
+  std::atomic<uint64_t> queued_requests{0};
 };
 
+Options Checked(Options options) {
+  options.slice_bytes_max = std::clamp<uint32_t>(options.slice_bytes_max, 1, kSliceBytesLimit);
+  options.slice_bytes_min = std::clamp<uint32_t>(options.slice_bytes_min, 1, options.slice_bytes_max);
+  return options;
+}
+
 class TransferEngine : public Transfer {
+  // Runs `work` on the transfer thread and gives its result; at once when this is that thread.
+  template <typename Work>
+  auto OnLoop(Work work) const {
+    using Result = decltype(work());
+    if (std::this_thread::get_id() == thread_.get_id()) return work();
+    std::promise<Result> promise;
+    auto future = promise.get_future();
+    loop_->Post([&] { promise.set_value(work()); });
+    return future.get();
+  }
+
  public:
   TransferEngine(const Options& options, std::unique_ptr<EventLoop> loop)
-      : options_(options),
+      : options_(Checked(options)),
         epoch_(RandomId()),
+        memory_(std::make_shared<MemoryTable>()),
         loop_(std::move(loop)),
-        receiver_(loop_.get(), &memory_, epoch_),
-        local_(std::make_shared<LocalProcess>(&memory_)) {}
+        telemetry_(options_.metrics) {}
 
   ~TransferEngine() override {
-    LocalProcess::Withdraw(epoch_);
-    if (thread_.joinable()) {
-      loop_->Stop();
-      thread_.join();
-    }
-    local_->Leave();
+    if (!thread_.joinable()) return;
+    loop_->Stop();
+    thread_.join();
   }
 
   Status Start() {
-    for (const std::string& text : options_.listen) {
-      MR_ASSIGN_OR_RETURN(const HostPort wanted, ParseHostPort(text));
-      MR_ASSIGN_OR_RETURN(const std::vector<HostPort> addresses, Resolve(wanted));
-      HostPort bound;
-      MR_RETURN_IF_ERROR(receiver_.Listen(addresses.front(), &bound));
-      rails_.push_back(bound);
-    }
-    LocalProcess::Announce(epoch_, local_);
+    RailEnvironment environment;
+    environment.loop = loop_.get();
+    environment.clock = &Clock::System();
+    environment.memory = memory_.get();
+    environment.landing = &landing_;
+    environment.options = &options_;
+    environment.epoch = epoch_;
+    environment.on_control = [this](ControlChannel* channel, const std::string& kind,
+                                    const std::string& body) {
+      for (const auto& rails : kinds_) {
+        if (rails->name() == kind) rails->OnControl(channel, body);
+      }
+    };
+    environment.on_control_closed = [this](ControlChannel* channel) {
+      for (const auto& rails : kinds_) rails->OnControlClosed(channel);
+    };
+    kinds_ = MakeRailKinds(environment);
+    for (const auto& rails : kinds_) MR_RETURN_IF_ERROR(rails->Start());
     thread_ = std::thread([this] { Run(); });
     return OkStatus();
   }
 
   StatusOr<RegionId> Register(std::span<std::byte> memory, bool writable) override {
     if (memory.empty()) return InvalidArgument("a region of 0 bytes");
-    return memory_.Register(memory, writable);
+    const RegionId region = memory_->Register(memory, writable);
+    for (const auto& rails : kinds_) {
+      if (const Status status = rails->RegisterRegion(region, memory, writable); !status.ok())
+        LogWarning("transfer: region {} of {} bytes cannot be used over {}: {}", region, memory.size(),
+                   rails->name(), Message(status));
+    }
+    return region;
   }
-  Status Deregister(RegionId region) override { return memory_.Deregister(region); }
+  Status Deregister(RegionId region) override {
+    MR_RETURN_IF_ERROR(memory_->Deregister(region));
+    for (const auto& rails : kinds_) rails->DeregisterRegion(region);
+    return OkStatus();
+  }
 
   std::string Descriptor() const override {
     v1::PeerDescriptor descriptor;
     descriptor.set_protocol_version(kProtocolVersion);
     descriptor.set_epoch(epoch_);
     descriptor.set_name(options_.name);
-    for (const HostPort& rail : rails_) descriptor.add_rails(rail.ToString());
+    for (const auto& rails : kinds_) {
+      for (const RailAddress& address : rails->Addresses()) {
+        v1::Rail& rail = *descriptor.add_rails();
+        rail.set_kind(address.kind);
+        rail.set_address(address.address);
+      }
+    }
     return descriptor.SerializeAsString();
   }
   uint64_t epoch() const override { return epoch_; }
 
   StatusOr<PeerId> Open(const std::string& descriptor) override {
-    v1::PeerDescriptor peer;
-    if (!peer.ParseFromString(descriptor) || peer.epoch() == 0)
+    v1::PeerDescriptor message;
+    if (!message.ParseFromString(descriptor) || message.epoch() == 0)
       return InvalidArgument("a damaged peer descriptor");
-    if (peer.protocol_version() != kProtocolVersion) {
-      return InvalidArgument("the peer speaks transfer protocol {}, this process {}", peer.protocol_version(),
-                             kProtocolVersion);
+    if (message.protocol_version() != kProtocolVersion) {
+      return InvalidArgument("the peer speaks transfer protocol {}, this process {}",
+                             message.protocol_version(), kProtocolVersion);
     }
-    std::vector<HostPort> remotes;
-    for (const std::string& rail : peer.rails()) {
-      MR_ASSIGN_OR_RETURN(HostPort remote, ParseHostPort(rail));
-      remotes.push_back(std::move(remote));
-    }
-    // Within the process a copy is the shortest way, unless both sides were given rails to use.
-    auto process = rails_.empty() || remotes.empty() ? LocalProcess::Find(peer.epoch()) : nullptr;
-    if (process == nullptr && remotes.empty())
-      return InvalidArgument("the peer has no rail and is not in this process");
+    RemotePeer remote;
+    remote.epoch = message.epoch();
+    remote.name = fmt::format("{} ({:08x})", message.name(), message.epoch() >> 32);
+    for (const v1::Rail& rail : message.rails()) remote.rails.push_back({rail.kind(), rail.address()});
 
-    const std::lock_guard lock(mutex_);
-    for (const auto& [id, entry] : entries_) {
-      if (entry->epoch == peer.epoch()) return id;
-    }
-    const PeerId id = next_peer_++;
-    auto entry = std::make_shared<PeerEntry>();
-    entry->epoch = peer.epoch();
-    entries_.emplace(id, entry);
-    loop_->Post(
-        [this, id, epoch = peer.epoch(), remotes = std::move(remotes),
-         process = std::move(process)]() mutable { AddPeer(id, epoch, remotes, std::move(process)); });
-    return id;
+    return OnLoop([this, &remote] { return FindOrAddPeer(remote); });
   }
 
-  Status Write(PeerId peer, WriteRequest request, WriteDone done) override {
-    if (request.intents.empty()) return InvalidArgument("a write without intents");
+  StatusOr<std::shared_ptr<IntentList>> Prepare(std::vector<Intent> intents) override {
+    return IntentList::Create(memory_, std::move(intents));
+  }
+
+  Status Submit(PeerId peer, Request request, RequestDone done) override {
     const std::shared_ptr<PeerEntry> entry = FindEntry(peer);
     if (entry == nullptr) return NotFound("peer {} is not open", peer);
-    std::vector<std::span<const std::byte>> sources;
-    uint64_t bytes = 0;
-    Status status;
-    for (const Intent& intent : request.intents) {
-      auto source = memory_.UseSource(intent.source);
-      if (!source.ok()) {
-        status = source.status();
-        break;
-      }
-      sources.push_back(*source);
-      bytes += source->size();
+    std::shared_ptr<IntentList> intents = std::move(request.prepared);
+    if (intents == nullptr) {
+      MR_ASSIGN_OR_RETURN(intents, IntentList::Create(memory_, std::move(request.intents)));
+    } else if (!request.intents.empty()) {
+      return InvalidArgument("a request has prepared intents or its own, not both");
     }
-    if (status.ok() && entry->queued_bytes.fetch_add(bytes) + bytes > options_.queued_bytes_max) {
+    if (request.operation == Operation::kRead && !intents->writable())
+      return InvalidArgument("a read into a region that is not writable");
+    const uint64_t bytes = intents->bytes();
+    if (entry->queued_bytes.fetch_add(bytes) + bytes > options_.queued_bytes_max) {
       entry->queued_bytes -= bytes;
-      status =
-          ResourceExhausted("more than {} bytes are queued for peer {}", options_.queued_bytes_max, peer);
+      return ResourceExhausted("more than {} bytes are queued for peer {}", options_.queued_bytes_max, peer);
     }
-    if (!status.ok()) {
-      for (size_t i = 0; i < sources.size(); ++i) memory_.ReleaseSource(request.intents[i].source.region);
-      return status;
-    }
-    ++pending_writes_;
-    WriteDone counted = [this, entry, bytes, done = std::move(done)](Status result) mutable {
+    if (entry->queued_requests.fetch_add(1) >= options_.queued_requests_max) {
       entry->queued_bytes -= bytes;
-      --pending_writes_;
+      --entry->queued_requests;
+      return ResourceExhausted("more than {} requests are queued for peer {}", options_.queued_requests_max,
+                               peer);
+    }
+    ++pending_requests_;
+    RequestDone counted = [this, entry, bytes, done = std::move(done)](Status result) mutable {
+      entry->queued_bytes -= bytes;
+      --entry->queued_requests;
+      --pending_requests_;
       std::move(done)(std::move(result));
     };
-    loop_->Post([this, peer, request = std::move(request), sources = std::move(sources),
+    loop_->Post([this, peer, request = std::move(request), intents = std::move(intents),
                  counted = std::move(counted)]() mutable {
-      AddWrite(peer, std::move(request), std::move(sources), std::move(counted));
+      AddRequest(peer, std::move(request), std::move(intents), std::move(counted));
     });
     return OkStatus();
   }
 
-  void CancelWrites(PeerId peer, TicketId ticket, TicketDone done) override {
+  void Cancel(PeerId peer, TicketId ticket, TicketDone done) override {
     loop_->Post([this, peer, ticket, done = std::move(done)]() mutable {
       const auto found = peers_.find(peer);
       if (found == peers_.end()) return std::move(done)();
@@ -153,25 +178,22 @@ class TransferEngine : public Transfer {
     });
   }
 
-  StatusOr<TicketId> OpenTicket(uint64_t peer_epoch, std::vector<Range> ranges) override {
-    return memory_.Open(peer_epoch, std::move(ranges));
+  StatusOr<TicketId> OpenTicket(uint64_t peer_epoch, std::vector<Range> ranges,
+                                Operation operation) override {
+    return memory_->Open(peer_epoch, std::move(ranges), operation);
   }
   Status ExtendTicket(TicketId ticket, std::vector<Range> ranges) override {
-    return memory_.Extend(ticket, std::move(ranges));
+    return memory_->Extend(ticket, std::move(ranges));
   }
   void CloseTicket(TicketId ticket, TicketDone done) override {
     // Drained may be noticed on another engine's thread (a local copy); `done` still runs on this one's.
-    memory_.Close(ticket, [this, done = std::move(done)]() mutable { loop_->Post(std::move(done)); });
-    loop_->Post([] {});  // the next tick looks for connections that are stuck in this ticket
+    const bool pinned =
+        memory_->Close(ticket, [this, done = std::move(done)]() mutable { loop_->Post(std::move(done)); });
+    if (pinned) loop_->Post([this, ticket] { TicketClosing(ticket); });
   }
 
   Snapshot TakeSnapshot() const override {
-    if (std::this_thread::get_id() == thread_.get_id()) return Look();
-    auto promise =
-        std::make_shared<std::promise<Snapshot>>();  // shared: posted work must be movable and may be late
-    auto future = promise->get_future();
-    loop_->Post([this, promise] { promise->set_value(Look()); });
-    return future.get();
+    return OnLoop([this] { return Look(); });
   }
 
  private:
@@ -181,51 +203,54 @@ class TransferEngine : public Transfer {
     return found == entries_.end() ? nullptr : found->second;
   }
 
-  // Every rail of both sides is used: rail i of one is joined to rail i of the other, the shorter list going
-  // round again.
-  void AddPeer(PeerId id, uint64_t epoch, const std::vector<HostPort>& remotes,
-               std::shared_ptr<LocalProcess> process) {
-    auto peer = std::make_unique<Peer>(id, epoch, SliceQueue(&memory_, SliceBytes()), options_.peer_timeout);
-    if (process != nullptr) {
-      peer->AddPath(std::make_unique<LocalPath>(std::move(process), epoch_, peer->Events()));
-    } else {
-      const size_t count = std::max(rails_.size(), remotes.size());
-      for (size_t i = 0; i < count; ++i) {
-        TcpPath::Target target;
-        target.local_host = LocalHost(i);
-        target.remote = remotes[i % remotes.size()];
-        target.own_epoch = epoch_;
-        target.expected_epoch = epoch;
-        for (uint32_t c = 0; c < options_.connections_per_path; ++c) {
-          peer->AddPath(std::make_unique<TcpPath>(loop_.get(), &options_, target, peer->Events()));
-        }
-        if (i > 0) continue;
-        target.purpose = TcpPath::Purpose::kControl;
-        peer->AddPath(std::make_unique<TcpPath>(loop_.get(), &options_, target, peer->Events()));
-      }
+  StatusOr<PeerId> FindOrAddPeer(const RemotePeer& remote) {
+    for (const auto& [id, entry] : entries_) {
+      if (entry->epoch == remote.epoch) return id;
     }
+    const PeerId id = next_peer_;
+    MR_RETURN_IF_ERROR(AddPeer(id, remote));
+    ++next_peer_;
+    auto entry = std::make_shared<PeerEntry>();
+    entry->epoch = remote.epoch;
+    const std::lock_guard lock(mutex_);
+    entries_.emplace(id, std::move(entry));
+    return id;
+  }
+
+  Status AddPeer(PeerId id, const RemotePeer& remote) {
+    auto peer =
+        std::make_unique<Peer>(id, remote.epoch, remote.name, &options_, &Clock::System(), RandomId());
+    ControlChannel* channel = nullptr;
+    for (const auto& rails : kinds_) {
+      RailKind::Control control = rails->MakeControl(remote);
+      if (control.path == nullptr) continue;
+      channel = control.channel;
+      peer->AddPath(std::move(control.path));
+      break;
+    }
+    size_t count = 0;
+    for (const auto& rails : kinds_) {
+      MR_ASSIGN_OR_RETURN(auto paths, rails->MakePaths(remote, channel));
+      count += paths.size();
+      for (auto& path : paths) peer->AddPath(std::move(path));
+    }
+    if (count == 0) return InvalidArgument("the peer has no rail that this process can reach");
     peers_.emplace(id, std::move(peer));
+    return OkStatus();
   }
 
-  uint32_t SliceBytes() const { return std::clamp<uint32_t>(options_.slice_bytes_max, 1, kSliceBytesLimit); }
-
-  // A wildcard listens everywhere and so says nothing about where to send from.
-  std::string LocalHost(size_t rail) const {
-    if (rails_.empty()) return "";
-    const std::string& host = rails_[rail % rails_.size()].host;
-    return host == "0.0.0.0" || host == "::" ? "" : host;
-  }
-
-  void AddWrite(PeerId id, WriteRequest request, std::vector<std::span<const std::byte>> sources,
-                WriteDone done) {
+  void AddRequest(PeerId id, Request request, std::shared_ptr<IntentList> intents, RequestDone done) {
     const auto found = peers_.find(id);
-    if (found == peers_.end() || stopping_) {
-      for (const Intent& intent : request.intents) memory_.ReleaseSource(intent.source.region);
+    if (found == peers_.end() || found->second->lost() || stopping_) {
+      intents.reset();
       return std::move(done)(stopping_ ? Cancelled("the transfer engine is shutting down")
                                        : Unavailable("the peer is lost"));
     }
-    found->second->queue().Add(std::move(request), std::move(sources), std::move(done));
-    found->second->Pump();
+    found->second->Add(std::move(request), std::move(intents), std::move(done));
+  }
+
+  void TicketClosing(TicketId ticket) {
+    for (const auto& rails : kinds_) rails->OnTicketClosing(ticket);
   }
 
   void Run() {
@@ -234,84 +259,63 @@ class TransferEngine : public Transfer {
     // Nothing lands and nothing is read after this; what is posted from here on is still carried out.
     stopping_ = true;
     peers_.clear();
-    local_->Leave();
-    receiver_.CloseAll();
-    memory_.CloseAll();
+    for (const auto& rails : kinds_) rails->CloseAll();
+    for (const TicketId ticket : memory_->CloseAll()) TicketClosing(ticket);
     loop_->RunRemaining();
   }
 
   TimePoint Tick() {
     const TimePoint now = Clock::System().Now();
-    TimePoint next = receiver_.Tick(now);
+    TimePoint next = kNoDeadline;
+    for (const auto& rails : kinds_) next = std::min(next, rails->Tick(now));
     for (auto it = peers_.begin(); it != peers_.end();) {
-      next = std::min(next, it->second->Tick(now));
-      if (!it->second->lost()) {
-        ++it;
-        continue;
-      }
-      LogWarning("transfer: peer {} is lost", it->first);
-      {
+      Peer& peer = *it->second;
+      const bool was_lost = peer.lost();
+      next = std::min(next, peer.Tick(now));
+      if (peer.lost() && !was_lost) {
         const std::lock_guard lock(mutex_);
         entries_.erase(it->first);
       }
-      it = peers_.erase(it);
+      it = peer.drained() ? peers_.erase(it) : std::next(it);
     }
-    UpdateMetrics();
-    return next;
+    return std::min(next, telemetry_.Update(now, [this] { return Look(); }));
   }
 
   Snapshot Look() const {
     Snapshot snapshot;
-    for (const auto& [id, peer] : peers_) peer->Describe(&snapshot.paths);
-    snapshot.peers = static_cast<int32_t>(peers_.size());
-    snapshot.open_tickets = memory_.num_open();
-    snapshot.pending_writes = pending_writes_;
-    snapshot.bytes_received = receiver_.counters().bytes_received;
-    snapshot.slices_refused = receiver_.counters().slices_refused;
-    return snapshot;
-  }
-
-  void UpdateMetrics() {
-    if (options_.metrics == nullptr) return;
-    Metrics& metrics = *options_.metrics;
-    if (gauges_.empty()) {
-      gauges_ = {&metrics.Gauge("millrace_transfer_open_tickets",
-                                "Tickets that peers may write under, or that drain."),
-                 &metrics.Gauge("millrace_transfer_pending_writes", "Writes to peers that have not ended."),
-                 &metrics.Gauge("millrace_transfer_peers",
-                                "Remote processes that are connected or being connected.")};
-      counters_ = {&metrics.Counter("millrace_transfer_bytes_received_total",
-                                    "Payload bytes received over TCP rails."),
-                   &metrics.Counter("millrace_transfer_slices_refused_total",
-                                    "Slices refused or with a wrong checksum.")};
+    for (const auto& [id, peer] : peers_) {
+      peer->Describe(&snapshot.paths);
+      snapshot.peers += !peer->lost();
     }
-    gauges_[0]->Set(memory_.num_open());
-    gauges_[1]->Set(pending_writes_);
-    gauges_[2]->Set(static_cast<double>(peers_.size()));
-    const ReceiverCounters& counters = receiver_.counters();
-    counters_[0]->Increment(static_cast<double>(counters.bytes_received) - counters_[0]->Value());
-    counters_[1]->Increment(static_cast<double>(counters.slices_refused) - counters_[1]->Value());
+    snapshot.open_tickets = memory_->num_open();
+    snapshot.draining_tickets = memory_->num_draining();
+    snapshot.pending_requests = pending_requests_;
+    for (const auto& rails : kinds_) {
+      const ReceiverCounters counters = rails->counters();
+      snapshot.bytes_received += counters.bytes_received;
+      snapshot.slices_refused += counters.slices_refused;
+    }
+    snapshot.slices_superseded = landing_.num_superseded();
+    return snapshot;
   }
 
   const Options options_;
   const uint64_t epoch_;
-  MemoryTable memory_;
+  const std::shared_ptr<MemoryTable> memory_;  // shared with intent lists, which callers may keep longer
   const std::unique_ptr<EventLoop> loop_;
-  std::vector<HostPort> rails_;  // as bound; fixed once the thread runs
-  std::atomic<int32_t> pending_writes_{0};
+  std::atomic<int32_t> pending_requests_{0};
 
   // Transfer thread.
-  TcpReceiver receiver_;
+  LandingTable landing_;
+  std::vector<std::unique_ptr<RailKind>> kinds_;  // the list itself is fixed once the thread runs
   std::map<PeerId, std::unique_ptr<Peer>> peers_;
-  std::vector<prometheus::Gauge*> gauges_;
-  std::vector<prometheus::Counter*> counters_;
+  PeerId next_peer_ = 1;
+  Telemetry telemetry_;
   bool stopping_ = false;
 
-  const std::shared_ptr<LocalProcess> local_;  // shared with the process's list and with paths to this engine
   std::mutex mutex_;
   std::map<PeerId, std::shared_ptr<PeerEntry>>
-      entries_;  // open peers; shared with the writes that count on them
-  PeerId next_peer_ = 1;
+      entries_;  // open peers, changed on the transfer thread; shared with the requests that count on them
   std::thread thread_;
 };
 

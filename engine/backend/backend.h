@@ -46,10 +46,17 @@ class Backend {
   // composition nor chunking nor thread count changes a bit of it. An error means the process cannot go on
   // computing.
   virtual StatusOr<StepOutput> Forward(const Batch& batch, const LayerDone& layer_done) = 0;
+  // Runs the MTP layer, if the pool has pages for it (one layer more than the model). Logits of each
+  // segment's last row, for the token after its next one: [segments, vocab_size], valid until the next call
+  // of either kind.
+  virtual StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments);
   virtual std::string Describe() const = 0;  // "cpu, avx512, 2 threads, bf16"
 };
 
 inline Status Backend::ToHost(std::span<const PageId>) { return OkStatus(); }
 inline Status Backend::FromHost(std::span<const PageId>) { return OkStatus(); }
+inline StatusOr<std::span<const float>> Backend::ForwardMtp(std::span<const MtpSegment>) {
+  return Unimplemented("this backend does not run the MTP layer by itself");
+}
 
 }  // namespace millrace::engine

@@ -12,24 +12,35 @@ namespace millrace::engine {
 // Takes pages for the sequence; in the roles whose pages a transfer touches, the ticket holds them from now
 // on too.
 bool EngineCore::Allocate(Sequence* sequence, int32_t count) {
-  if (!pool_.Allocate(count, PageHolder::kRequest, &sequence->pages)) return false;
+  if (!cache_.Allocate(count, PageHolder::kRequest, &sequence->pages)) return false;
   const bool transfers =
       sequence->role == SequenceRole::kPrefill ||
       (sequence->role == SequenceRole::kImport && sequence->state != SequenceState::kRunning);
-  if (transfers && !sequence->ticket_released && count > 0) {
-    std::vector<PageId>& ticket = tickets_[sequence->request.id];
-    for (const PageId page : std::span(sequence->pages).last(static_cast<size_t>(count))) {
-      pool_.Hold(page, PageHolder::kTicket);
-      ticket.push_back(page);
-    }
+  if (!transfers) return true;
+  for (const PageId page : std::span(sequence->pages).last(static_cast<size_t>(count))) {
+    HoldForTicket(sequence, page);
   }
   return true;
 }
 
+void EngineCore::HoldForTicket(Sequence* sequence, PageId page) {
+  if (sequence->ticket_released) return;
+  cache_.Hold(page, PageHolder::kTicket);
+  tickets_[sequence->request.id].push_back(page);
+}
+
 void EngineCore::DropPages(Sequence* sequence) {
-  for (const PageId page : sequence->pages) pool_.Release(page, PageHolder::kRequest);
+  // Backwards, so that of a text the cache forgets the end first.
+  for (auto page = sequence->pages.rbegin(); page != sequence->pages.rend(); ++page) {
+    cache_.Release(*page, PageHolder::kRequest);
+  }
   sequence->pages.clear();
   sequence->num_computed = 0;
+  sequence->num_cached_pages = 0;
+  sequence->cached_tail = nullptr;
+  sequence->mtp_begin = -1;
+  sequence->mtp_hidden.clear();
+  sequence->draft = -1;
 }
 
 // One page for every running sequence that may still grow, so that newcomers do not cause preemptions at
@@ -48,13 +59,18 @@ void EngineCore::HandOutPages() {
     }
   }
   while (true) {
-    // An import that asks for nothing yet is not in the way of those behind it.
-    const auto next = std::find_if(queued_.begin(), queued_.end(), [](const Sequence* sequence) {
-      return sequence->role != SequenceRole::kImport || !sequence->grants.empty();
+    // Who waits for the file, for a bounded time, and an import that asks for nothing yet are not in the way
+    // of those behind them.
+    const auto next = std::find_if(queued_.begin(), queued_.end(), [this](const Sequence* sequence) {
+      return (sequence->role != SequenceRole::kImport || !sequence->grants.empty()) && !Fetching(*sequence);
     });
     if (next == queued_.end()) return;
     if (importing_.size() + running_.size() >= static_cast<size_t>(options_.running_max)) return;
     Sequence* const sequence = *next;
+    if (!sequence->fetch_begun) {
+      BeginFetch(sequence);
+      if (Fetching(*sequence)) continue;
+    }
     if (sequence->role == SequenceRole::kImport) {
       if (!AnswerGrant(sequence)) return;
       Move(sequence, SequenceState::kImporting);
@@ -66,40 +82,49 @@ void EngineCore::HandOutPages() {
   }
 }
 
-// Gives the sequence the pages of all that it has to compute, if one more to grow into is there too. False if
-// it has to wait; a sequence that has outgrown the whole pool ends instead.
+// Gives the sequence the pages of its text, those that the cache has and new ones for what it has to compute,
+// if one more to grow into is there too. False if it has to wait; a sequence that has outgrown the whole pool
+// ends instead.
 bool EngineCore::AdmitQueued(Sequence* sequence) {
   const int32_t num_pages = PagesFor(sequence->num_tokens());
-  if (num_pages > pool_.num_pages()) {
+  if (num_pages > layout_.num_pages) {
     End(sequence, ResourceExhausted("{} tokens need {} pages; the KV memory has {}", sequence->num_tokens(),
-                                    num_pages, pool_.num_pages()));
+                                    num_pages, layout_.num_pages));
     return true;
   }
   const bool grows =
       sequence->role != SequenceRole::kPrefill && PagesFor(sequence->tokens_max - 1) > num_pages;
-  const int32_t wanted = std::min(num_pages + (grows ? 1 : 0) + GrowthReserve(), pool_.num_pages());
-  if (wanted > pool_.num_free()) return false;
-  Allocate(sequence, num_pages);
+  const std::vector<CachedPage*> found = FindCached(sequence);
+  const auto num_found = static_cast<int32_t>(found.size());
+  const int32_t wanted = std::min(num_pages + (grows ? 1 : 0) + GrowthReserve(), layout_.num_pages);
+  if (wanted - num_found > AvailableBeside(found)) return false;
+  TakeCached(sequence, found);
+  Allocate(sequence, num_pages - num_found);
+  sequence->num_computed = num_found * kPageTokens;
+  sequence->num_prefill = sequence->num_tokens();
   Move(sequence, SequenceState::kRunning);
+  if (sequence->role == SequenceRole::kPrefill && num_found > 0) TellCached(sequence);
   return true;
 }
 
 // Imports hold pages while they wait for more, so that careless grants could leave all of them waiting for
 // ever. A grant is safe if afterwards the imports can still complete one after the other, each using the free
 // pages and those of the imports before it (the banker's algorithm; with one kind of resource, least
-// remaining need first is the best order).
-bool EngineCore::GrantIsSafe(const Sequence& sequence, int32_t count) const {
-  int32_t available = pool_.num_free() - count - GrowthReserve();
+// remaining need first is the best order). Cached pages may be shared, so that they do not count as coming
+// back.
+bool EngineCore::GrantIsSafe(const Sequence& sequence, std::span<CachedPage* const> found,
+                             int32_t count) const {
+  int32_t available = AvailableBeside(found) - count - GrowthReserve();
   if (available < 0) return false;
-  std::vector<std::pair<int32_t, int32_t>> imports;  // pages still needed, pages held
-  const auto add = [&](const Sequence& import, int32_t granted) {
-    const int32_t held = import.num_pages() + granted;
-    imports.emplace_back(PagesFor(import.num_imported) - held, held);
+  std::vector<std::pair<int32_t, int32_t>> imports;  // pages still needed, pages that come back
+  const auto add = [&](const Sequence& import, int32_t num_found, int32_t granted) {
+    imports.emplace_back(PagesFor(import.num_imported) - import.num_pages() - num_found - granted,
+                         import.num_pages() - import.num_cached_pages + granted);
   };
   for (const Sequence* import : importing_) {
-    if (import != &sequence) add(*import, 0);
+    if (import != &sequence) add(*import, 0, 0);
   }
-  add(sequence, count);
+  add(sequence, static_cast<int32_t>(found.size()), count);
   std::sort(imports.begin(), imports.end());
   return std::all_of(imports.begin(), imports.end(), [&available](const auto& import) {
     available += import.second;
@@ -109,12 +134,19 @@ bool EngineCore::GrantIsSafe(const Sequence& sequence, int32_t count) const {
 
 // Answers the sequence's first pending grant if that is safe.
 bool EngineCore::AnswerGrant(Sequence* sequence) {
-  const int32_t count = sequence->grants.front().num_pages;
-  if (!GrantIsSafe(*sequence, count)) return false;
+  // The first grant comes after what is cached.
+  std::vector<CachedPage*> found;
+  if (sequence->pages.empty()) found = FindCached(sequence);
+  const int32_t first_page = sequence->num_pages() + static_cast<int32_t>(found.size());
+  const int32_t count =
+      std::min(sequence->grants.front().num_pages, PagesFor(sequence->num_imported) - first_page);
+  if (count > 0 && !GrantIsSafe(*sequence, found, count)) return false;
   Engine::GrantCallback callback = std::move(sequence->grants.front().callback);
   sequence->grants.pop_front();
+  if (sequence->pages.empty()) TakeCached(sequence, found);
   Allocate(sequence, count);
-  std::move(callback)(std::vector<PageId>(sequence->pages.end() - count, sequence->pages.end()));
+  std::move(callback)(
+      GrantedPages{first_page, std::vector<PageId>(sequence->pages.end() - count, sequence->pages.end())});
   return true;
 }
 
@@ -156,6 +188,7 @@ void EngineCore::Preempt(Sequence* sequence) {
   ++preemptions_;
   DropPages(sequence);
   sequence->role = SequenceRole::kGenerate;
+  sequence->fetch_begun = false;
   Move(sequence, SequenceState::kQueued);
 }
 

@@ -22,6 +22,8 @@ namespace {
 // How long a turn without work sleeps at most while deadlines run: the engine's clock need not be the
 // system's.
 constexpr Duration kDeadlineLookMax = std::chrono::milliseconds(50);
+// How often one looks at the file while it reads or writes pages.
+constexpr Duration kFileLookEvery = std::chrono::microseconds(300);
 
 using Command = absl::AnyInvocable<void(EngineCore*) &&>;
 
@@ -43,13 +45,23 @@ Status CheckOptions(const EngineOptions& options, const Backend& backend) {
                            options.num_vocabulary_tokens, vocab_size);
   }
   if (backend.kv_layout().num_pages < 1) return InvalidArgument("the backend has no KV pages");
+  const size_t page_bytes = backend.kv_layout().page_bytes();
+  for (const size_t bytes : {options.host_tier_bytes, options.disk_tier_bytes}) {
+    if (bytes > 0 && (bytes < page_bytes || bytes / page_bytes > INT32_MAX)) {
+      return InvalidArgument("a tier of {} bytes cannot hold pages of {}", bytes, page_bytes);
+    }
+  }
+  if (options.disk_tier_bytes > 0 && options.host_tier_bytes == 0) {
+    return InvalidArgument("pages go to the file through host memory, which has no room for them");
+  }
   return OkStatus();
 }
 
 class ThreadedEngine final : public Engine {
  public:
-  ThreadedEngine(const EngineOptions& options, std::unique_ptr<Backend> backend, Metrics* metrics)
-      : options_(options), backend_(std::move(backend)), core_(options, backend_.get()) {
+  ThreadedEngine(const EngineOptions& options, std::unique_ptr<Backend> backend,
+                 std::unique_ptr<PageFile> file, Metrics* metrics)
+      : options_(options), backend_(std::move(backend)), core_(options, backend_.get(), std::move(file)) {
     if (metrics != nullptr) metrics_.emplace(metrics);
     Publish(0);
     thread_ = std::thread([this] { Loop(); });
@@ -79,9 +91,11 @@ class ThreadedEngine final : public Engine {
       core->Grant(id, num_pages, std::move(callback));
     });
   }
-  void FinishImport(RequestId id, SampledToken first, bool first_already_sent) override {
-    Post([id, first = std::move(first), first_already_sent](EngineCore* core) mutable {
-      core->FinishImport(id, std::move(first), first_already_sent);
+  void FinishImport(RequestId id, SampledToken first, bool first_already_sent,
+                    std::vector<float> mtp_hidden) override {
+    Post([id, first = std::move(first), first_already_sent,
+          mtp_hidden = std::move(mtp_hidden)](EngineCore* core) mutable {
+      core->FinishImport(id, std::move(first), first_already_sent, std::move(mtp_hidden));
     });
   }
   void ImportToGenerate(RequestId id) override {
@@ -97,6 +111,9 @@ class ThreadedEngine final : public Engine {
   EngineStats Stats() const override {
     std::lock_guard lock(mutex_);
     return stats_;
+  }
+  CacheChanges CacheChangesSince(uint64_t position) const override {
+    return core_.cache_log().Since(position);
   }
   bool MakingProgress(Duration stall_max) const override {
     if (broken_.load()) return false;
@@ -223,7 +240,9 @@ void ThreadedEngine::Sleep() {
   std::unique_lock lock(mutex_);
   asleep_.store(true);
   const auto awake = [this] { return stopping_ || !commands_.empty(); };
-  if (deadline == kNoDeadline) {
+  if (core_.waits_for_file()) {
+    wake_.wait_for(lock, kFileLookEvery, awake);
+  } else if (deadline == kNoDeadline) {
     wake_.wait(lock, awake);
   } else {
     wake_.wait_for(lock, std::clamp(deadline - options_.clock->Now(), Duration(0), kDeadlineLookMax), awake);
@@ -236,7 +255,13 @@ StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
                                                  std::unique_ptr<Backend> backend, Metrics* metrics) {
   MR_CHECK(backend != nullptr && options.clock != nullptr);
   MR_RETURN_IF_ERROR(CheckOptions(options, *backend));
-  return std::make_unique<ThreadedEngine>(options, std::move(backend), metrics);
+  std::unique_ptr<PageFile> file;
+  if (options.disk_tier_bytes > 0) {
+    const size_t page_bytes = backend->kv_layout().page_bytes();
+    MR_ASSIGN_OR_RETURN(file, CreatePageFile(options.disk_tier_directory, page_bytes,
+                                             static_cast<int32_t>(options.disk_tier_bytes / page_bytes)));
+  }
+  return std::make_unique<ThreadedEngine>(options, std::move(backend), std::move(file), metrics);
 }
 
 }  // namespace millrace::engine

@@ -32,6 +32,8 @@
 #include "base/metrics.h"
 #include "base/status.h"
 #include "engine/backend/backend.h"
+#include "engine/kv/cache_log.h"
+#include "engine/kv/page_tiers.h"
 #include "engine/sampling/params.h"
 
 namespace millrace::engine {
@@ -48,7 +50,8 @@ struct EngineRequest {
   std::vector<int32_t> output;
   SamplingParams sampling;
   TimePoint deadline = kNoDeadline;
-  int32_t priority = 0;  // higher first
+  int32_t priority = 0;    // higher first
+  std::string cache_salt;  // KV is shared only among requests of one salt
 };
 
 struct TokenEvent {
@@ -56,6 +59,9 @@ struct TokenEvent {
                       // import's first token that was already sent is not said again and leaves a gap there
   SampledToken token;
   FinishReason finish = FinishReason::kNone;  // not kNone on the last token
+  // Of a prefill with an MTP layer: the last row's final hidden state, [hidden_size].
+  std::vector<float> mtp_hidden = {};
+  int32_t cached_tokens = 0;  // with the first token: how many of the prompt were found in the prefix cache
 };
 
 // Receives one request's results. Engine thread. Exactly one of a finishing OnToken or OnError ends it; after
@@ -71,10 +77,11 @@ class TokenSink {
 };
 
 // The P side's sink. OnLayer: the KV of pages [first_page, first_page + pages.size()) of this sequence
-// (indices into its page table; `pages` are their ids) is final for `layer`. All layers of a chunk come
-// before the next chunk; the last chunk's last page may be part full. After the last OnLayer comes OnToken
-// with the first token; it ends the request, whether the answer itself ends with it (finish) or goes on
-// elsewhere (kNone), but the pages stay held by the ticket until ReleaseTicket.
+// (indices into its page table; `pages` are their ids) is final for `layer`. What the prefix cache had comes
+// like a chunk, at admission. All layers of a chunk come before the next chunk; the last chunk's last page
+// may be part full. After the last OnLayer comes OnToken with the first token; it ends the request, whether
+// the answer itself ends with it (finish) or goes on elsewhere (kNone), but the pages stay held by the ticket
+// until ReleaseTicket.
 class PrefillSink : public TokenSink {
  public:
   virtual void OnLayer(int32_t layer, int32_t first_page, std::span<const PageId> pages) = 0;
@@ -86,12 +93,26 @@ struct EngineOptions {
                               // batch_tokens_max leaves beside PrefillShare
   int32_t waiting_max = 256;  // requests queued; one more is ResourceExhausted
   int32_t num_vocabulary_tokens = 0;  // ids below this have a token (the tokenizer's size)
+  bool prefix_cache = true;           // keep the KV of full pages for later requests that begin alike
+  std::string model_digest;           // part of the cache's keys
+  // Where cached pages go when the pool needs their room; 0 = forgotten at once. The file needs host memory
+  // too.
+  size_t host_tier_bytes = 0;
+  size_t disk_tier_bytes = 0;
+  std::string disk_tier_directory;
+  // While answers are being made, prompts take no more of a step than this allows (but a page): the longest
+  // that an answer should wait between two tokens. 0 = whole batches.
+  Duration token_gap_target = Duration(0);
+  // Let the MTP layer, if the backend has one, propose a token that the next step verifies. The answer is the
+  // same; it is used where it measures faster.
+  bool speculate = false;
   const Clock* clock = &Clock::System();
 };
 
 struct EngineStats {
   int32_t pages_total = 0;
-  int32_t pages_free = 0;
+  int32_t pages_free = 0;         // that can be had at once: nobody holds them, or only the prefix cache
+  int32_t pages_cached = 0;       // of the free ones, those with content in the prefix cache
   int32_t pages_ticket_only = 0;  // held by a ticket whose request has ended
   int32_t waiting = 0;            // queued requests, import waits for pages included
   int32_t running = 0;            // sequences in prefill or decode
@@ -101,6 +122,18 @@ struct EngineStats {
   uint64_t prompt_tokens = 0;  // computed
   uint64_t output_tokens = 0;
   uint64_t preemptions = 0;
+  uint64_t cache_asked_tokens = 0;  // tokens of admitted requests that the prefix cache was asked for
+  uint64_t cache_found_tokens = 0;  // of these, tokens whose KV it had
+  TierStats tiers;
+  uint64_t drafted_tokens = 0;   // proposed by the MTP layer and verified
+  uint64_t accepted_tokens = 0;  // of these, those that sampling drew
+};
+
+// What an import is given: the next pages of its sequence.
+struct GrantedPages {
+  int32_t first_page =
+      0;  // index in the sequence of pages[0]; of a first grant, the pages that were cached here
+  std::vector<PageId> pages;  // held by request and ticket; to be written
 };
 
 class Engine {
@@ -120,17 +153,22 @@ class Engine {
   virtual Status Prefill(EngineRequest request, std::unique_ptr<PrefillSink> sink) = 0;
   virtual Status BeginImport(EngineRequest request, std::unique_ptr<TokenSink> sink) = 0;
 
-  using GrantCallback = absl::AnyInvocable<void(StatusOr<std::vector<PageId>>) &&>;
+  using GrantCallback = absl::AnyInvocable<void(StatusOr<GrantedPages>) &&>;
   // Import: the next `num_pages` pages of this sequence, held by request and ticket. Answers (engine thread)
   // when they are there, or with an error once the request has ended or its ticket is released. Grants of one
   // request are answered in order; those of an import add up to PagesFor(prompt + output) at most, and are
-  // given so that imports that wait for each other's pages can all complete.
+  // given so that imports that wait for each other's pages can all complete. The first grant begins after the
+  // pages that the prefix cache has; it and later ones give fewer pages than asked for, or none, where the
+  // sequence needs no more. The last page of a sequence is always granted.
   virtual void Grant(RequestId id, int32_t num_pages, GrantCallback callback) = 0;
-  // Import: the KV of prompt and earlier output is in the granted pages (all PagesFor of them;
+  // Import: the KV of prompt and earlier output is in cached and granted pages (all PagesFor of them;
   // FailedPrecondition to the sink otherwise), and `first` is the token that P sampled from it. The sequence
   // joins the running batch; the sink gets OnToken(first) first unless `first_already_sent`. A first token
   // that ends the answer is always said, with its finish, so that every request has exactly one end.
-  virtual void FinishImport(RequestId id, SampledToken first, bool first_already_sent) = 0;
+  // `mtp_hidden` is what P's token came with, for the MTP layer's row of the last token; empty: no
+  // speculation for this answer.
+  virtual void FinishImport(RequestId id, SampledToken first, bool first_already_sent,
+                            std::vector<float> mtp_hidden = {}) = 0;
   // Import whose KV will not come from elsewhere after all: becomes a Generate. Its granted pages stay with
   // the ticket until ReleaseTicket, the request gets new ones.
   virtual void ImportToGenerate(RequestId id) = 0;
@@ -144,6 +182,8 @@ class Engine {
   virtual void ReleaseTicket(RequestId id) = 0;
 
   virtual EngineStats Stats() const = 0;  // a recent snapshot
+  // What has come into the prefix cache, any tier of it, and gone since `position`. Any thread.
+  virtual CacheChanges CacheChangesSince(uint64_t position) const = 0;
   // For a watchdog; does not depend on the engine thread. False if that thread has been in one turn
   // (commands, one step, sinks) for longer than stall_max, or if the backend has failed. Waiting for pages
   // that a ticket holds is no stall.

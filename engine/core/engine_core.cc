@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "engine/kv/page_keys.h"
 
 namespace millrace::engine {
 namespace {
@@ -54,8 +55,19 @@ Status CheckRequest(const EngineRequest& request, const EngineOptions& options, 
   return OkStatus();
 }
 
-EngineCore::EngineCore(const EngineOptions& options, Backend* backend)
-    : options_(options), backend_(backend), layout_(backend->kv_layout()), pool_(layout_.num_pages) {}
+EngineCore::EngineCore(const EngineOptions& options, Backend* backend, std::unique_ptr<PageFile> file)
+    : options_(options),
+      backend_(backend),
+      layout_(backend->kv_layout()),
+
+      tiers_(options.host_tier_bytes < layout_.page_bytes()
+                 ? nullptr
+                 : std::make_unique<PageTiers>(
+                       layout_.page_bytes(),
+                       static_cast<int32_t>(options.host_tier_bytes / layout_.page_bytes()), std::move(file),
+                       static_cast<PageCopier*>(this), options.clock)),
+      cache_(layout_.num_pages, &cache_log_, tiers_.get()),
+      has_mtp_(options.speculate && layout_.num_layers > backend->config().num_layers) {}
 
 Sequence* EngineCore::Find(RequestId id) {
   const auto found = sequences_.find(id);
@@ -92,11 +104,14 @@ void EngineCore::Submit(SequenceRole role, EngineRequest request, std::unique_pt
   sequence.tokens.insert(sequence.tokens.end(), request.output.begin(), request.output.end());
   sequence.tokens.reserve(sequence.tokens.size() + 64);
   sequence.num_imported = sequence.num_tokens();
+  sequence.cacheable = options_.prefix_cache;
+  sequence.cache_root = CacheRoot(options_.model_digest, request.cache_salt);
   sequence.request = std::move(request);
   sequence.request.prompt.clear();
   sequence.request.output.clear();
   sequences_.emplace(sequence.request.id, std::move(owned));
   queued_.insert(&sequence);
+  BeginFetch(&sequence);
 }
 
 void EngineCore::Grant(RequestId id, int32_t num_pages, Engine::GrantCallback callback) {
@@ -108,6 +123,7 @@ void EngineCore::Grant(RequestId id, int32_t num_pages, Engine::GrantCallback ca
   }
   int64_t asked = int64_t{sequence->num_pages()} + num_pages;
   for (const PendingGrant& grant : sequence->grants) asked += grant.num_pages;
+  asked -= sequence->num_cached_pages;
   if (num_pages < 1 || asked > PagesFor(sequence->num_imported)) {
     return std::move(callback)(InvalidArgument("{} more pages asked for, {} in all; the prompt needs {}",
                                                num_pages, asked, PagesFor(sequence->num_imported)));
@@ -115,13 +131,14 @@ void EngineCore::Grant(RequestId id, int32_t num_pages, Engine::GrantCallback ca
   sequence->grants.push_back({num_pages, std::move(callback)});
 }
 
-void EngineCore::FinishImport(RequestId id, SampledToken first, bool first_already_sent) {
+void EngineCore::FinishImport(RequestId id, SampledToken first, bool first_already_sent,
+                              std::vector<float> mtp_hidden) {
   Sequence* sequence = Find(id);
   if (sequence == nullptr) return;
   if (sequence->role != SequenceRole::kImport || sequence->state == SequenceState::kRunning) {
     return End(sequence, FailedPrecondition("request {} imports nothing", id));
   }
-  if (sequence->num_pages() != PagesFor(sequence->num_imported) || !sequence->grants.empty()) {
+  if (sequence->num_pages() != PagesFor(sequence->num_imported)) {
     return End(sequence, FailedPrecondition("{} pages were granted; the prompt needs {}",
                                             sequence->num_pages(), PagesFor(sequence->num_imported)));
   }
@@ -129,8 +146,17 @@ void EngineCore::FinishImport(RequestId id, SampledToken first, bool first_alrea
     return End(sequence, InvalidArgument("first token {} is out of range; the vocabulary has {}", first.token,
                                          options_.num_vocabulary_tokens));
   }
-  if (const Status status = backend_->FromHost(sequence->pages); !status.ok()) return Break(status);
-  sequence->num_computed = sequence->num_imported;
+  // Asked for before it was known how much is cached.
+  for (PendingGrant& grant : std::exchange(sequence->grants, {})) {
+    std::move(grant.callback)(GrantedPages{sequence->num_pages(), {}});
+  }
+  const auto imported = std::span(sequence->pages).subspan(static_cast<size_t>(sequence->num_cached_pages));
+  if (const Status status = backend_->FromHost(imported); !status.ok()) return Break(status);
+  sequence->num_computed = sequence->num_prefill = sequence->num_imported;
+  if (has_mtp_ && mtp_hidden.size() == static_cast<size_t>(backend_->config().hidden_size)) {
+    sequence->mtp_begin = sequence->num_imported - 1;
+    sequence->mtp_hidden = std::move(mtp_hidden);
+  }
   Move(sequence, SequenceState::kRunning);
   AppendToken(sequence, std::move(first), /*send=*/!first_already_sent);
 }
@@ -158,7 +184,10 @@ void EngineCore::ReleaseTicket(RequestId id) {
   }
   const auto ticket = tickets_.find(id);
   if (ticket == tickets_.end()) return;
-  for (const PageId page : ticket->second) pool_.Release(page, PageHolder::kTicket);
+  // Backwards, as in DropPages.
+  for (auto page = ticket->second.rbegin(); page != ticket->second.rend(); ++page) {
+    cache_.Release(*page, PageHolder::kTicket);
+  }
   tickets_.erase(ticket);
 }
 
@@ -172,6 +201,7 @@ void EngineCore::FailGrants(Sequence* sequence, const Status& status) {
 bool EngineCore::AppendToken(Sequence* sequence, SampledToken token, bool send) {
   TokenEvent event;
   event.index = sequence->num_output();
+  if (sequence->num_tokens() == sequence->num_imported) event.cached_tokens = sequence->num_found;
   const std::vector<int32_t>& ends = sequence->end_tokens;
   sequence->tokens.push_back(token.token);
   if (std::find(ends.begin(), ends.end(), token.token) != ends.end()) {
@@ -180,8 +210,10 @@ bool EngineCore::AppendToken(Sequence* sequence, SampledToken token, bool send) 
     event.finish = FinishReason::kLength;
   }
   event.token = std::move(token);
+  if (sequence->role == SequenceRole::kPrefill) event.mtp_hidden = std::move(sequence->mtp_hidden);
   if (send || event.finish != FinishReason::kNone) sequence->sink->OnToken(event);
   if (event.finish == FinishReason::kNone && sequence->role != SequenceRole::kPrefill) return true;
+  CachePages(sequence);
   Erase(sequence);
   return false;
 }
@@ -210,9 +242,10 @@ TimePoint EngineCore::NextDeadline() const {
 
 EngineStats EngineCore::Stats() const {
   EngineStats stats;
-  stats.pages_total = pool_.num_pages();
-  stats.pages_free = pool_.num_free();
-  stats.pages_ticket_only = pool_.num_ticket_only();
+  stats.pages_total = layout_.num_pages;
+  stats.pages_free = cache_.num_available();
+  stats.pages_cached = cache_.pool().num_cache_only();
+  stats.pages_ticket_only = cache_.pool().num_ticket_only();
   stats.running = static_cast<int32_t>(running_.size());
   stats.importing = static_cast<int32_t>(importing_.size());
   for (const Sequence* sequence : queued_) {
@@ -226,27 +259,44 @@ EngineStats EngineCore::Stats() const {
   stats.prompt_tokens = prompt_tokens_;
   stats.output_tokens = output_tokens_;
   stats.preemptions = preemptions_;
+  stats.cache_asked_tokens = cache_asked_tokens_;
+  stats.cache_found_tokens = cache_found_tokens_;
+  stats.drafted_tokens = drafted_tokens_;
+  stats.accepted_tokens = accepted_tokens_;
+  if (tiers_ != nullptr) stats.tiers = tiers_->Stats();
   return stats;
 }
 
 void EngineCore::CheckInvariants() const {
-  enum : uint8_t { kByRequest = 1, kByTicket = 2 };
-  std::vector<uint8_t> held(static_cast<size_t>(pool_.num_pages()));
-  const auto mark = [&held](const std::vector<PageId>& pages, uint8_t by) {
-    for (const PageId page : pages) {
-      MR_CHECK((held[static_cast<size_t>(page)] & by) == 0, "page {} is held twice", page);
-      held[static_cast<size_t>(page)] |= by;
-    }
-  };
+  std::vector<PageHolds> held(static_cast<size_t>(layout_.num_pages));
   for (const auto& [id, sequence] : sequences_) {
-    mark(sequence->pages, kByRequest);
+    for (const PageId page : sequence->pages) ++held[static_cast<size_t>(page)].request;
     MR_CHECK(sequence->state != SequenceState::kQueued || sequence->pages.empty(),
              "request {} queues with pages", id);
     MR_CHECK(PagesFor(sequence->num_computed) <= sequence->num_pages(), "request {} lacks pages", id);
+    MR_CHECK((sequence->num_cached_pages == 0) == (sequence->cached_tail == nullptr));
+    const CachedPage* node = sequence->cached_tail;
+    for (int32_t i = sequence->num_cached_pages; i > 0; --i, node = node->parent) {
+      MR_CHECK(node->page == sequence->pages[static_cast<size_t>(i - 1)], "request {}: page {} of the cache",
+               id, i);
+    }
+    MR_CHECK(node == nullptr);
   }
-  for (const auto& [id, pages] : tickets_) mark(pages, kByTicket);
-  MR_CHECK(std::count(held.begin(), held.end(), 0) == pool_.num_free());
-  MR_CHECK(std::count(held.begin(), held.end(), kByTicket) == pool_.num_ticket_only());
+  for (const auto& [id, pages] : tickets_) {
+    for (const PageId page : pages) ++held[static_cast<size_t>(page)].ticket;
+  }
+  int32_t num_available = 0;
+  for (PageId page = 0; page < layout_.num_pages; ++page) {
+    const PageHolds& told = cache_.pool().holds(page);
+    const PageHolds& counted = held[static_cast<size_t>(page)];
+    MR_CHECK(told.request == counted.request && told.ticket == counted.ticket,
+             "page {}: {} requests and {} tickets instead of {} and {}", page, told.request, told.ticket,
+             counted.request, counted.ticket);
+    MR_CHECK(counted.request <= 1 || told.cache == 1, "page {} is shared and not cached", page);
+    num_available += counted.none() ? 1 : 0;
+  }
+  MR_CHECK(num_available == cache_.num_available());
+  cache_.CheckInvariants();
   MR_CHECK(queued_.size() + importing_.size() + running_.size() == sequences_.size());
   MR_CHECK(importing_.size() + running_.size() <= static_cast<size_t>(options_.running_max));
 }

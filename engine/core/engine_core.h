@@ -3,7 +3,9 @@
 //
 // engine_core.cc   the life of a request: submit, import, cancel, end, tickets
 // admission.cc     who gets pages: admission, grants, growth, preemption
+// prefix.cc        what of a sequence the prefix cache has, and what it gets; its lower tiers
 // step.cc          one step: expire, schedule, forward, sample
+// speculate.cc     the MTP layer: drafts and what they need
 
 #include <memory>
 #include <span>
@@ -13,8 +15,12 @@
 #include "base/clock.h"
 #include "engine/core/engine.h"
 #include "engine/core/sequence.h"
-#include "engine/kv/page_pool.h"
+#include "engine/kv/cache_log.h"
+#include "engine/kv/page_tiers.h"
+#include "engine/kv/prefix_cache.h"
 #include "engine/scheduler/scheduler.h"
+#include "engine/scheduler/speculation.h"
+#include "engine/scheduler/step_budget.h"
 
 namespace millrace::engine {
 
@@ -22,16 +28,17 @@ namespace millrace::engine {
 Status CheckRequest(const EngineRequest& request, const EngineOptions& options, const ModelConfig& config,
                     const KvLayout& layout);
 
-class EngineCore {
+class EngineCore : private PageCopier {
  public:
-  // Borrows `backend`.
-  EngineCore(const EngineOptions& options, Backend* backend);
+  // Borrows `backend`. `file` is the lowest tier of the prefix cache, or null.
+  EngineCore(const EngineOptions& options, Backend* backend, std::unique_ptr<PageFile> file = nullptr);
 
   // The commands of Engine, which says what they mean. The request has passed CheckRequest.
   void Submit(SequenceRole role, EngineRequest request, std::unique_ptr<TokenSink> sink,
               PrefillSink* prefill_sink);
   void Grant(RequestId id, int32_t num_pages, Engine::GrantCallback callback);
-  void FinishImport(RequestId id, SampledToken first, bool first_already_sent);
+  void FinishImport(RequestId id, SampledToken first, bool first_already_sent,
+                    std::vector<float> mtp_hidden = {});
   void ImportToGenerate(RequestId id);
   void Cancel(RequestId id);
   void ReleaseTicket(RequestId id);
@@ -45,6 +52,8 @@ class EngineCore {
   bool broken() const { return !broken_.ok(); }  // the backend has failed
 
   TimePoint NextDeadline() const;  // of the live requests; kNoDeadline when none has one
+  bool waits_for_file() const { return tiers_ != nullptr && tiers_->busy(); }
+  const CacheLog& cache_log() const { return cache_log_; }
   EngineStats Stats() const;
   int32_t num_queued() const { return static_cast<int32_t>(queued_.size()); }  // what waiting_max bounds
   int32_t last_batch_tokens() const { return last_batch_tokens_; }
@@ -67,7 +76,19 @@ class EngineCore {
   void DropPages(Sequence* sequence);
   bool AdmitQueued(Sequence* sequence);
   bool AnswerGrant(Sequence* sequence);
-  bool GrantIsSafe(const Sequence& sequence, int32_t count) const;
+  bool GrantIsSafe(const Sequence& sequence, std::span<CachedPage* const> found, int32_t count) const;
+  std::vector<CachedPage*> FindCached(Sequence* sequence) const;
+  int32_t AvailableBeside(std::span<CachedPage* const> found) const;
+  void TakeCached(Sequence* sequence, std::span<CachedPage* const> found);
+  void CachePages(Sequence* sequence);
+  void HoldForTicket(Sequence* sequence, PageId page);
+
+  // Lower tiers.
+  bool CopyOut(PageId page, std::span<std::byte> into) override;
+  bool CopyIn(PageId page, std::span<const std::byte> from) override;
+  bool Pays(double seconds_per_page) const;
+  void BeginFetch(Sequence* sequence);
+  bool Fetching(const Sequence& sequence) const;
   int32_t GrowthReserve() const;
   void GrowRunning();
   bool Grow(Sequence* sequence);
@@ -77,14 +98,26 @@ class EngineCore {
   // Step.
   void Expire();
   void BuildBatch();
+  void AddRun(Sequence* sequence, int32_t num_tokens);
+  bool MayDraft(const Sequence& sequence) const;
+  bool TakeLogits(size_t run, const StepOutput& output, size_t first_row);
+  void KeepHidden(Sequence* sequence, std::span<const float> rows);
+  Status DraftNext(std::span<Sequence* const> sequences);
   Status RunBatch();
   void Break(const Status& status);
   void TellLayer(int32_t layer);
+  void TellCached(Sequence* sequence);
 
   const EngineOptions options_;
   Backend* const backend_;
   const KvLayout layout_;
-  PagePool pool_;
+  CacheLog cache_log_;
+  std::unique_ptr<PageTiers> tiers_;  // null without lower tiers
+  PrefixCache cache_;                 // and the pool of pages below it
+  StepCost step_cost_;
+  const bool has_mtp_;  // speculation is on and possible
+  SpeculationGauge speculation_;
+  Status copy_error_;  // of the backend, while pages moved between tiers
 
   std::unordered_map<RequestId, std::unique_ptr<Sequence>>
       sequences_;  // all live ones; each is in one set below
@@ -97,13 +130,21 @@ class EngineCore {
   int64_t next_arrival_ = 0;
 
   Batch batch_;
-  std::vector<Sequence*> runs_;  // the sequence of each of the batch's segments
+  std::vector<Sequence*> runs_;                    // the sequence of each of the batch's segments
+  std::vector<std::vector<int32_t>> next_tokens_;  // of each of them, for the MTP layer
+  bool drafting_ = false;                          // in this step
+  int32_t num_drafts_ = 0;                         // in this step
+  int32_t num_logits_ = 0;                         // in this step
   int32_t last_batch_tokens_ = 0;
   Status broken_;  // the backend's error
   uint64_t steps_ = 0;
   uint64_t prompt_tokens_ = 0;
   uint64_t output_tokens_ = 0;
   uint64_t preemptions_ = 0;
+  uint64_t cache_asked_tokens_ = 0;
+  uint64_t cache_found_tokens_ = 0;
+  uint64_t drafted_tokens_ = 0;
+  uint64_t accepted_tokens_ = 0;
 };
 
 }  // namespace millrace::engine

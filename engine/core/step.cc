@@ -5,17 +5,42 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/random.h"
 #include "engine/core/engine_core.h"
 #include "engine/sampling/sampler.h"
 
 namespace millrace::engine {
+namespace {
+
+// What a backend needs to draw this sequence's next token; none when only Sample can.
+std::optional<DrawParams> BackendDraw(const Sequence& sequence, int32_t num_vocabulary_tokens) {
+  const SamplingParams& params = sequence.request.sampling;
+  const bool masks = sequence.num_output() < params.min_tokens && !sequence.end_tokens.empty();
+  if (masks || params.mask != nullptr || params.num_logprobs >= 0 || !params.logit_bias.empty() || params.repetition_penalty != 1 ||
+      params.presence_penalty != 0 || params.frequency_penalty != 0) {
+    return std::nullopt;
+  }
+  DrawParams draw;
+  draw.uniform = UniformAt(params.seed, static_cast<uint64_t>(sequence.num_output()));
+  draw.temperature = params.temperature;
+  draw.top_p = params.top_p;
+  draw.min_p = params.min_p;
+  draw.top_k = params.top_k;
+  draw.num_tokens = num_vocabulary_tokens;
+  return draw;
+}
+
+}  // namespace
 
 bool EngineCore::Prepare() {
   batch_.segments.clear();
   runs_.clear();
-  last_batch_tokens_ = 0;
+  last_batch_tokens_ = num_logits_ = num_drafts_ = 0;
+  drafting_ = false;
+  if (tiers_ != nullptr) tiers_->Poll();
   Expire();
-  HandOutPages();
+  if (broken_.ok()) HandOutPages();
+  if (!copy_error_.ok() && broken_.ok()) Break(copy_error_);
   BuildBatch();
   return !runs_.empty();
 }
@@ -52,23 +77,27 @@ void EngineCore::BuildBatch() {
                        sequence.request.priority, sequence.arrival});
   }
   if (entries.empty()) return;
-  for (const ScheduledRun& run : Schedule(entries, {options_.batch_tokens_max, options_.running_max})) {
-    Sequence* const sequence = running[static_cast<size_t>(run.slot)];
-    Segment& segment = batch_.segments.emplace_back();
-    segment.tokens =
-        std::span(sequence->tokens)
-            .subspan(static_cast<size_t>(sequence->num_computed), static_cast<size_t>(run.num_tokens));
-    segment.position = sequence->num_computed;
-    segment.pages = sequence->pages;
-    segment.num_logits = run.num_tokens == sequence->num_pending() ? 1 : 0;
-    segment.exported = sequence->prefill_sink != nullptr && !sequence->ticket_released;
-    runs_.push_back(sequence);
+  const auto num_decoding = static_cast<int32_t>(std::count_if(
+      entries.begin(), entries.end(), [](const ScheduleEntry& entry) { return entry.decoding; }));
+  const int32_t tokens_max = StepTokens(options_.batch_tokens_max, num_decoding, options_.token_gap_target,
+                                        step_cost_.seconds_per_token());
+  drafting_ = has_mtp_ && num_decoding > 0 && speculation_.Use(num_decoding);
+  const std::vector<ScheduledRun> picked = Schedule(entries, {tokens_max, options_.running_max});
+  for (const ScheduledRun& run : picked) {
     last_batch_tokens_ += run.num_tokens;
+    num_logits_ += run.num_tokens == running[static_cast<size_t>(run.slot)]->num_pending() ? 1 : 0;
+  }
+  for (const ScheduledRun& run : picked) {
+    Sequence* const sequence = running[static_cast<size_t>(run.slot)];
+    AddRun(sequence, run.num_tokens);
+    Segment& segment = batch_.segments.back();
+    if (segment.num_logits == 1) segment.draw = BackendDraw(*sequence, options_.num_vocabulary_tokens);
   }
 }
 
 Status EngineCore::RunBatch() {
   ++steps_;
+  const TimePoint begun = options_.clock->Now();
   int32_t layers_told = 0;
   const auto tell_until = [&](int32_t end) {
     for (; layers_told < end; ++layers_told) TellLayer(layers_told);
@@ -77,26 +106,68 @@ Status EngineCore::RunBatch() {
                       backend_->Forward(batch_, [&](int32_t layer) { tell_until(layer + 1); }));
   // A layer that this batch leaves alone (MTP without next tokens) is as final as it gets.
   tell_until(layout_.num_layers);
+  step_cost_.OnStep(last_batch_tokens_, options_.clock->Now() - begun);
 
-  const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
+  const uint64_t tokens_before = output_tokens_;
+  const bool only_decoding =
+      std::all_of(runs_.begin(), runs_.end(), [](const Sequence* s) { return s->is_decoding(); });
+  std::vector<Sequence*> live;
   size_t row = 0;
   for (size_t i = 0; i < runs_.size(); ++i) {
-    Sequence* const sequence = runs_[i];
-    const Segment& segment = batch_.segments[i];
-    const auto num_tokens = static_cast<int32_t>(segment.tokens.size());
-    if (!sequence->is_decoding()) prompt_tokens_ += static_cast<uint64_t>(num_tokens);
-    sequence->num_computed += num_tokens;
-    if (segment.num_logits == 0) continue;
-    SampleInput input;
-    input.logits = output.logits.subspan(row++ * vocab_size, vocab_size);
-    input.prompt = sequence->prompt();
-    input.output = sequence->output();
-    input.end_tokens = sequence->end_tokens;
-    input.num_tokens_in_vocabulary = options_.num_vocabulary_tokens;
-    ++output_tokens_;
-    AppendToken(sequence, Sample(input, sequence->request.sampling), /*send=*/true);
+    if (TakeLogits(i, output, row)) live.push_back(runs_[i]);
+    row += static_cast<size_t>(batch_.segments[i].num_logits);
+  }
+  MR_RETURN_IF_ERROR(DraftNext(live));
+  // After the MTP layer: what is in the cache is not written to any more.
+  for (Sequence* const sequence : live) CachePages(sequence);
+  if (has_mtp_ && only_decoding) {
+    speculation_.OnStep(static_cast<int32_t>(runs_.size()), num_drafts_, drafting_,
+                        static_cast<int32_t>(output_tokens_ - tokens_before), options_.clock->Now() - begun);
   }
   return OkStatus();
+}
+
+// Draws from the logits of one run, a draft's too if it was what had to come. False when the sequence has
+// ended.
+bool EngineCore::TakeLogits(size_t run, const StepOutput& output, size_t first_row) {
+  Sequence* const sequence = runs_[run];
+  const Segment& segment = batch_.segments[run];
+  const auto num_tokens = static_cast<int32_t>(segment.tokens.size());
+  const int32_t num_drafts = segment.num_logits > 1 ? 1 : 0;
+  if (!sequence->is_decoding()) prompt_tokens_ += static_cast<uint64_t>(num_tokens);
+  sequence->num_computed += num_tokens - num_drafts;
+  int32_t draft = -1;
+  if (num_drafts > 0) {
+    draft = sequence->tokens.back();
+    sequence->tokens.pop_back();
+  }
+  const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
+  const auto hidden_size = output.hidden.empty() ? 0 : static_cast<size_t>(backend_->config().hidden_size);
+  for (int32_t i = 0; i < segment.num_logits; ++i) {
+    const size_t row = first_row + static_cast<size_t>(i);
+    if (i > 0) {  // the draft was drawn: its row is as computed as any
+      ++sequence->num_computed;
+      ++accepted_tokens_;
+    }
+    KeepHidden(sequence, output.hidden.subspan(row * hidden_size, hidden_size));
+    ++output_tokens_;
+    SampledToken sampled;
+    if (row < output.drawn.size() && output.drawn[row] >= 0) {
+      sampled.token = output.drawn[row];
+    } else {
+      SampleInput input;
+      input.logits = output.logits.subspan(row * vocab_size, vocab_size);
+      input.prompt = sequence->prompt();
+      input.output = sequence->output();
+      input.end_tokens = sequence->end_tokens;
+      input.num_tokens_in_vocabulary = options_.num_vocabulary_tokens;
+      sampled = Sample(input, sequence->request.sampling);
+    }
+    const int32_t token = sampled.token;
+    if (!AppendToken(sequence, std::move(sampled), /*send=*/true)) return false;
+    if (token != draft) break;
+  }
+  return true;
 }
 
 // Tells the sinks of prefill requests which pages this step makes final in `layer`.

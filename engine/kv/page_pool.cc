@@ -3,6 +3,25 @@
 #include "base/check.h"
 
 namespace millrace::engine {
+namespace {
+
+int32_t& CountOf(PageHolds* holds, PageHolder holder) {
+  switch (holder) {
+    case PageHolder::kRequest:
+      return holds->request;
+    case PageHolder::kTicket:
+      return holds->ticket;
+    case PageHolder::kCache:
+      break;
+  }
+  return holds->cache;
+}
+
+const char* Name(PageHolder holder) {
+  return holder == PageHolder::kRequest ? "request" : holder == PageHolder::kTicket ? "ticket" : "cache";
+}
+
+}  // namespace
 
 PagePool::PagePool(int32_t num_pages) {
   MR_CHECK(num_pages > 0, "a pool of {} pages", num_pages);
@@ -12,19 +31,23 @@ PagePool::PagePool(int32_t num_pages) {
   for (PageId page = num_pages - 1; page >= 0; --page) free_.push_back(page);
 }
 
+void PagePool::Add(PageId page, PageHolder holder, int32_t by) {
+  PageHolds& holds = holds_[static_cast<size_t>(page)];
+  num_ticket_only_ -= static_cast<int32_t>(holds.ticket_only());
+  num_cache_only_ -= static_cast<int32_t>(holds.cache_only());
+  CountOf(&holds, holder) += by;
+  MR_CHECK(holds.cache <= 1, "page {} is in the cache twice", page);
+  num_ticket_only_ += static_cast<int32_t>(holds.ticket_only());
+  num_cache_only_ += static_cast<int32_t>(holds.cache_only());
+}
+
 bool PagePool::Allocate(int32_t count, PageHolder holder, std::vector<PageId>* pages) {
   MR_CHECK(count >= 0, "{} pages asked for", count);
   if (count > num_free()) return false;
   for (int32_t i = 0; i < count; ++i) {
     const PageId page = free_.back();
     free_.pop_back();
-    Holds& holds = holds_[static_cast<size_t>(page)];
-    if (holder == PageHolder::kRequest) {
-      holds.request = 1;
-    } else {
-      holds.ticket = 1;
-      ++num_ticket_only_;
-    }
+    Add(page, holder, 1);
     pages->push_back(page);
   }
   return true;
@@ -32,27 +55,16 @@ bool PagePool::Allocate(int32_t count, PageHolder holder, std::vector<PageId>* p
 
 void PagePool::Hold(PageId page, PageHolder holder) {
   MR_CHECK(page >= 0 && page < num_pages(), "no page {}", page);
-  Holds& holds = holds_[static_cast<size_t>(page)];
-  MR_CHECK(holds.request + holds.ticket > 0, "page {} is free", page);
-  if (holder == PageHolder::kRequest) {
-    if (holds.request == 0) --num_ticket_only_;
-    ++holds.request;
-  } else {
-    ++holds.ticket;
-  }
+  MR_CHECK(!holds(page).none(), "page {} is free", page);
+  Add(page, holder, 1);
 }
 
 void PagePool::Release(PageId page, PageHolder holder) {
   MR_CHECK(page >= 0 && page < num_pages(), "no page {}", page);
-  Holds& holds = holds_[static_cast<size_t>(page)];
-  const bool was_ticket_only = holds.request == 0 && holds.ticket > 0;
-  int32_t& count = holder == PageHolder::kRequest ? holds.request : holds.ticket;
-  MR_CHECK(count > 0, "page {} is not held by a {}", page,
-           holder == PageHolder::kRequest ? "request" : "ticket");
-  --count;
-  const bool is_ticket_only = holds.request == 0 && holds.ticket > 0;
-  num_ticket_only_ += static_cast<int32_t>(is_ticket_only) - static_cast<int32_t>(was_ticket_only);
-  if (holds.request == 0 && holds.ticket == 0) free_.push_back(page);
+  MR_CHECK(CountOf(&holds_[static_cast<size_t>(page)], holder) > 0, "page {} is not held by a {}", page,
+           Name(holder));
+  Add(page, holder, -1);
+  if (holds(page).none()) free_.push_back(page);
 }
 
 }  // namespace millrace::engine

@@ -1,6 +1,8 @@
 #include "engine/model/checkpoint.h"
 
 #include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <array>
@@ -137,6 +139,18 @@ struct Checkpoint::Data {
   std::string directory;
   std::vector<MappedFile> files;
   TensorMap tensors;  // names and views; the bytes are in `files`
+  std::string files_identity;
+
+  Status Add(MappedFile file) {
+    struct stat status;
+    if (stat(file.path().c_str(), &status) != 0)
+      return NotFound("{}: vanished while it was opened", file.path());
+    files_identity += fmt::format("{} {} {}.{:09d}\n", file.path().substr(file.path().rfind('/') + 1),
+                                  file.bytes().size(), status.st_mtim.tv_sec, status.st_mtim.tv_nsec);
+    MR_RETURN_IF_ERROR(AddFile(file, &tensors));
+    files.push_back(std::move(file));
+    return OkStatus();
+  }
 };
 
 StatusOr<TensorView> Fp8Scales(const Checkpoint& checkpoint, const TensorView& tensor) {
@@ -216,8 +230,7 @@ StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& direct
   data->directory = directory;
   StatusOr<MappedFile> single = MappedFile::Open(directory + "/" + kSingleFile);
   if (single.ok()) {
-    MR_RETURN_IF_ERROR(AddFile(*single, &data->tensors));
-    data->files.push_back(std::move(*single));
+    MR_RETURN_IF_ERROR(data->Add(std::move(*single)));
     return std::unique_ptr<Checkpoint>(new Checkpoint(std::move(data)));
   }
   if (single.status().code() != absl::StatusCode::kNotFound) return single.status();
@@ -235,14 +248,14 @@ StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& direct
                       names.size(), names[0]);
     }
     MR_RETURN_IF_ERROR(file.status());
-    MR_RETURN_IF_ERROR(AddFile(*file, &data->tensors));
+    MR_RETURN_IF_ERROR(data->Add(std::move(*file)));
+    const std::string& path = data->files.back().path();
     for (const std::string& name : names) {
       const auto found = data->tensors.find(name);
-      if (found == data->tensors.end() || found->second.file != file->path()) {
-        return DataLoss("{}: tensor '{}' is in the index but not in the file", file->path(), name);
+      if (found == data->tensors.end() || found->second.file != path) {
+        return DataLoss("{}: tensor '{}' is in the index but not in the file", path, name);
       }
     }
-    data->files.push_back(std::move(*file));
   }
   return std::unique_ptr<Checkpoint>(new Checkpoint(std::move(data)));
 }
@@ -270,6 +283,26 @@ int64_t Checkpoint::total_bytes() const {
 }
 
 const std::string& Checkpoint::directory() const { return data_->directory; }
+
+const std::string& Checkpoint::files_identity() const { return data_->files_identity; }
+
+StatusOr<DType> Checkpoint::TypeOf(const std::string& name) const {
+  MR_ASSIGN_OR_RETURN(const TensorView tensor, Tensor(name));
+  return tensor.dtype;
+}
+
+// Whole pages only: the neighbours' bytes on the edges may still be wanted.
+void Checkpoint::Forget(const std::string& name, int64_t row, int64_t rows) const {
+  const auto found = data_->tensors.find(name);
+  if (found == data_->tensors.end() || found->second.shape.empty()) return;
+  const TensorView& tensor = found->second;
+  const int64_t row_bytes = tensor.shape.back() * DTypeBytes(tensor.dtype);
+  constexpr uintptr_t kPage = 4096;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.bytes.data() + row * row_bytes);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (begin + static_cast<uintptr_t>(rows * row_bytes)) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+}
 
 Status Checkpoint::ReadRows(const std::string& name, int64_t row, int64_t rows, std::span<float> out) const {
   const auto found = data_->tensors.find(name);

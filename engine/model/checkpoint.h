@@ -10,10 +10,9 @@
 
 #include "base/status.h"
 #include "engine/model/config.h"
+#include "engine/model/tensor_source.h"
 
 namespace millrace::engine {
-
-enum class DType { kF32, kF16, kBf16, kF8E4M3, kI64, kI32, kOther };
 
 int DTypeBytes(DType dtype);  // 0 for kOther
 std::string DTypeName(DType dtype);
@@ -31,20 +30,23 @@ struct TensorView {
 // Immutable after Open; any thread. Every header is bounds-checked when opened: offsets inside the file, no
 // overlap, byte count = shape * dtype. Errors name the file and the tensor (DataLoss for damage, NotFound for
 // absence).
-class Checkpoint {
+class Checkpoint : public TensorSource {
  public:
   static StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& directory);
-  ~Checkpoint();
+  ~Checkpoint() override;
   StatusOr<TensorView> Tensor(const std::string& name) const;
   bool Has(const std::string& name) const;
   std::vector<std::string> Names() const;  // sorted
   int64_t total_bytes() const;
   const std::string& directory() const;
 
-  // Converts `rows` rows of a 2-D tensor (or a 1-D tensor as one row) to float32, starting at `row`.
-  // Block-FP8 tensors
-  // ("<name>_scale_inv" present) are multiplied by their scales, exactly in fp32.
-  Status ReadRows(const std::string& name, int64_t row, int64_t rows, std::span<float> out) const;
+  // Of the files: names, sizes and times of change. With ModelDigest, which samples, it tells a changed file.
+  const std::string& files_identity() const;
+
+  StatusOr<DType> TypeOf(const std::string& name) const override;
+  // Block-FP8 tensors ("<name>_scale_inv" present) are multiplied by their scales, exactly in fp32.
+  Status ReadRows(const std::string& name, int64_t row, int64_t rows, std::span<float> out) const override;
+  void Forget(const std::string& name, int64_t row, int64_t rows) const override;
 
  private:
   struct Data;

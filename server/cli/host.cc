@@ -2,11 +2,14 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <ctime>
 #include <filesystem>
 
 #include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
+#include "engine/backend/cuda/cuda_backend.h"
+#include "engine/model/checkpoint.h"
 
 namespace millrace::server {
 namespace {
@@ -16,19 +19,23 @@ class LoadBar {
  public:
   void operator()(size_t done, size_t total) {
     const int percent = total == 0 ? 100 : static_cast<int>(done * 100 / total);
-    const double gigabytes = static_cast<double>(total) / 1e9;
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin_).count();
+    const double left =
+        done == 0 ? 0 : seconds * static_cast<double>(total - done) / static_cast<double>(done);
     if (isatty(STDERR_FILENO)) {
       std::string bar(static_cast<size_t>(percent) * 40 / 100, '#');
       bar.resize(40, '.');
-      fmt::print(stderr, "\rloading weights [{}] {:3d} % of {:.2f} GB", bar, percent, gigabytes);
+      fmt::print(stderr, "\rloading weights [{}] {:3d} %, {:.0f} s left ", bar, percent, left);
       if (done == total) fmt::print(stderr, "\n");
     } else if (percent / 10 > shown_ / 10 || (done == total && shown_ < 100)) {
-      LogInfo("loading weights: {} % of {:.2f} GB", percent, gigabytes);
+      LogInfo("loading weights: {} %, {:.0f} s left", percent, left);
     }
     shown_ = percent;
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point begin_ = Clock::now();
   int shown_ = 0;
 };
 
@@ -52,6 +59,64 @@ StatusOr<ModelInfo> DescribeModel(const std::string& directory, const std::strin
   return info;
 }
 
+namespace {
+
+StatusOr<std::shared_ptr<const engine::Weights>> LoadWeights(const engine::Checkpoint& checkpoint,
+                                                             const engine::ModelConfig& config,
+                                                             const std::string& digest,
+                                                             const ModelOptions& options) {
+  MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
+  if (options.backend == "cuda") {
+    if (precision != engine::Precision::kBfloat16) {
+      return InvalidArgument("--backend cuda computes in bfloat16; --precision {} is for the CPU",
+                             options.precision);
+    }
+    if (options.quantize != "none") {
+      return InvalidArgument("--backend cuda keeps weights as they are; --quantize {} is for the CPU",
+                             options.quantize);
+    }
+    engine::CudaWeightsOptions load;
+    load.num_threads = options.threads;
+    load.progress = LoadBar();
+    return engine::LoadCudaWeights(checkpoint, config, load);
+  }
+  engine::CpuWeightsOptions load;
+  load.precision = precision;
+  MR_ASSIGN_OR_RETURN(load.quantization, engine::ParseQuantization(options.quantize));
+  load.num_threads = options.threads;
+  load.progress = LoadBar();
+  load.cache_directory = options.weight_cache;
+  load.source_digest = digest + checkpoint.files_identity();
+  return engine::LoadCpuWeights(checkpoint, config, load);
+}
+
+// Whether serving runs the MTP layer: it then has KV pages, which both workers of a hand-over must agree on.
+bool UsesMtp(const LoadedModel& model, const ModelOptions& options) {
+  return options.backend == "cpu" && options.speculate == "auto" && model.config.num_mtp_layers > 0;
+}
+
+// A backend with `num_pages` pages over the model's weights.
+StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model, const ModelOptions& options,
+                                                       int32_t num_pages) {
+  if (options.backend == "cuda") {
+    engine::CudaBackendOptions backend;
+    backend.num_pages = num_pages;
+    backend.batch_tokens_max = options.batch_tokens_max;
+    backend.logit_rows_max = options.running_max;
+    return engine::MakeCudaBackend(model.weights, backend);
+  }
+  engine::CpuBackendOptions backend;
+  backend.num_pages = num_pages;
+  backend.num_threads = options.threads;
+  backend.batch_tokens_max = options.batch_tokens_max;
+  backend.logit_rows_max = options.running_max;
+  backend.with_mtp = UsesMtp(model, options);
+  MR_ASSIGN_OR_RETURN(backend.isa, engine::ParseIsa(options.isa));
+  return engine::MakeCpuBackend(model.weights, backend);
+}
+
+}  // namespace
+
 StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
   LoadedModel model;
   MR_ASSIGN_OR_RETURN(model.config, engine::LoadModelConfig(options.model));
@@ -64,13 +129,9 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
     return InvalidArgument("{}/tokenizer.json: {} tokens, but config.json's vocab_size is {}", options.model,
                            model.tokenizer->size(), model.config.vocab_size);
   }
-  engine::CpuWeightsOptions load;
-  MR_ASSIGN_OR_RETURN(load.precision, engine::ParsePrecision(options.precision));
-  load.num_threads = options.threads;
-  load.progress = LoadBar();
-  MR_ASSIGN_OR_RETURN(model.weights, engine::LoadCpuWeights(*checkpoint, model.config, load));
-  model.name = ModelName(options.model, options.model_name);
   model.digest = engine::ModelDigest(*checkpoint, model.config);
+  MR_ASSIGN_OR_RETURN(model.weights, LoadWeights(*checkpoint, model.config, model.digest, options));
+  model.name = ModelName(options.model, options.model_name);
   LogInfo("model {}: {} layers, {} tokens of context, {:.1f} MB of weights, digest {}", model.name,
           model.config.num_layers, model.config.max_position,
           static_cast<double>(model.weights->bytes()) / 1e6, model.digest);
@@ -84,15 +145,11 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
 
 StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions& options,
                                    const HostedWorkerOptions& worker_options, Metrics* metrics) {
-  engine::CpuBackendOptions backend_options;
-  backend_options.num_threads = options.threads;
-  backend_options.batch_tokens_max = options.batch_tokens_max;
-  backend_options.logit_rows_max = options.running_max;
-  MR_ASSIGN_OR_RETURN(backend_options.isa, engine::ParseIsa(options.isa));
   MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
   MR_ASSIGN_OR_RETURN(const size_t kv_bytes, ParseBytes(options.kv_memory));
   engine::KvLayout page;
-  page.num_layers = model.config.num_layers;
+  const bool with_mtp = UsesMtp(model, options);
+  page.num_layers = model.config.num_layers + (with_mtp ? model.config.num_mtp_layers : 0);
   page.num_kv_heads = model.config.num_kv_heads;
   page.head_dim = model.config.head_dim;
   page.dtype = precision == engine::Precision::kFloat32 ? engine::KvDType::kF32 : engine::KvDType::kBf16;
@@ -101,8 +158,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
     return InvalidArgument("--kv-memory {} holds {} pages of {} bytes; at least 2 are needed",
                            options.kv_memory, pages, page.page_bytes());
   }
-  backend_options.num_pages = static_cast<int32_t>(pages);
-  MR_ASSIGN_OR_RETURN(auto backend, engine::MakeCpuBackend(model.weights, backend_options));
+  MR_ASSIGN_OR_RETURN(auto backend, MakeBackend(model, options, static_cast<int32_t>(pages)));
 
   HostedWorker hosted;
   engine::EngineOptions engine_options;
@@ -110,6 +166,14 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   engine_options.running_max = options.running_max;
   engine_options.waiting_max = options.waiting_max;
   engine_options.num_vocabulary_tokens = model.tokenizer->size();
+  engine_options.prefix_cache = options.prefix_cache == "on";
+  engine_options.model_digest = model.digest;
+  engine_options.speculate = with_mtp;
+  engine_options.token_gap_target =
+      std::chrono::duration_cast<Duration>(std::chrono::duration<double, std::milli>(options.token_gap_ms));
+  MR_ASSIGN_OR_RETURN(engine_options.host_tier_bytes, ParseBytes(options.kv_host_memory));
+  MR_ASSIGN_OR_RETURN(engine_options.disk_tier_bytes, ParseBytes(options.kv_disk_size));
+  engine_options.disk_tier_directory = options.kv_disk_directory;
   MR_ASSIGN_OR_RETURN(hosted.engine, engine::Engine::Create(engine_options, std::move(backend), metrics));
 
   transfer::Options transfer_options;

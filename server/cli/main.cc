@@ -1,3 +1,4 @@
+#include "server/bench/command.h"
 #include "server/cli/commands.h"
 
 int main(int argc, char** argv) {
@@ -16,11 +17,15 @@ int main(int argc, char** argv) {
   WorkerCommandOptions worker;
   ChatOptions chat;
   InspectOptions inspect;
+  TransferBenchOptions transfer_bench;
+  BenchCommandOptions bench;
   CLI::App* const serve_command = AddServe(app, serve);
   CLI::App* const gateway_command = AddGateway(app, gateway);
   CLI::App* const worker_command = AddWorker(app, worker);
   CLI::App* const chat_command = AddChat(app, chat);
   CLI::App* const inspect_command = AddInspect(app, inspect);
+  CLI::App* const transfer_bench_command = AddTransferBench(app, transfer_bench);
+  CLI::App* const bench_command = AddBench(app, bench);
   CLI11_PARSE(app, argc, argv);
 
   if (serve_command->parsed()) return RunServe(serve, EffectiveConfiguration(*serve_command));
@@ -28,5 +33,14 @@ int main(int argc, char** argv) {
   if (worker_command->parsed()) return RunWorker(worker, EffectiveConfiguration(*worker_command));
   if (chat_command->parsed()) return RunChat(chat);
   if (inspect_command->parsed()) return RunInspect(inspect);
+  if (transfer_bench_command->parsed()) return RunTransferBench(transfer_bench);
+  if (bench_command->parsed()) {
+    std::string command_line = "millrace";
+    for (int i = 1; i < argc; ++i) {
+      const bool secret = std::string_view(argv[i - 1]) == "--api-key";  // the report is for others to read
+      command_line += std::string(" ") + (secret ? "***" : argv[i]);
+    }
+    return RunBench(bench, *bench_command, command_line);
+  }
   return 1;
 }

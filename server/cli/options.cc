@@ -69,8 +69,18 @@ void AddModel(CLI::App* command, ModelOptions& model) {
       ->required();
   command->add_option("--model-name", model.model_name,
                       "Name that clients use (default: the directory's name)");
+  command->add_option("--backend", model.backend, "What computes: cpu, or cuda (one Hopper GPU, bfloat16)")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
   command->add_option("--precision", model.precision, "Weights and KV cache: bfloat16 or float32")
       ->capture_default_str();
+  command
+      ->add_option(
+          "--quantize", model.quantize,
+          "Matrices in integers: none, int8 or int4; made at load from whatever the checkpoint holds")
+      ->capture_default_str();
+  command->add_option("--weight-cache", model.weight_cache,
+                      "Directory that keeps packed weights for the next start (default: none)");
   command->add_option("--isa", model.isa, "Kernels: auto, portable, avx2 or avx512")->capture_default_str();
   command->add_option("--threads", model.threads, "Compute threads per engine; 0 = every processor")
       ->capture_default_str();
@@ -86,6 +96,37 @@ void AddModel(CLI::App* command, ModelOptions& model) {
       ->capture_default_str();
   command->add_option("--waiting-max", model.waiting_max, "Requests queued; one more is answered 429")
       ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command
+      ->add_option("--prefix-cache", model.prefix_cache,
+                   "on: keep the KV of full pages for requests that begin alike; off: compute every prompt")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->capture_default_str();
+  command
+      ->add_option("--kv-host-memory", model.kv_host_memory,
+                   "Host memory for cached KV pages that leave --kv-memory, e.g. 4GiB; 0 = none")
+      ->capture_default_str();
+  command
+      ->add_option("--kv-disk-size", model.kv_disk_size,
+                   "Size of a file for cached KV pages that leave --kv-host-memory; 0 = none")
+      ->capture_default_str();
+  command
+      ->add_option("--kv-disk-directory", model.kv_disk_directory,
+                   "Where that file is; it has no name and is gone when the process ends")
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--token-gap-ms", model.token_gap_ms,
+          "Milliseconds that an answer should wait at most between two tokens while prompts are computed; "
+          "0 = any time")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--speculate", model.speculate,
+          "auto: let the checkpoint's MTP layer, if any, propose tokens where that is faster; off: never. "
+          "The same on prefill and decode workers")
+      ->check(CLI::IsMember({"auto", "off"}))
       ->capture_default_str();
 }
 
@@ -217,6 +258,74 @@ CLI::App* AddChat(CLI::App& app, ChatOptions& options) {
 CLI::App* AddInspect(CLI::App& app, InspectOptions& options) {
   CLI::App* command = AddCommand(app, "inspect", "Check a checkpoint and say what it is");
   command->add_option("--model,model", options.model, "Checkpoint directory")->required();
+  return command;
+}
+
+CLI::App* AddTransferBench(CLI::App& app, TransferBenchOptions& options) {
+  CLI::App* command = AddCommand(
+      app, "transfer-bench",
+      "Measure the transfer engine between a --target and an initiator (--connect), or within this process");
+  command->footer(
+      "  millrace transfer-bench --target --listen 10.0.0.2:7400 --rail 10.1.0.2:0 --rail 10.2.0.2:0\n"
+      "  millrace transfer-bench --connect 10.0.0.2:7400 --rail 10.1.0.1:0 --rail 10.2.0.1:0 --block "
+      "4KiB,1MiB\n"
+      "Every flag is also a key of the JSON file given by --config.");
+  CLI::Option* const target =
+      command->add_flag("--target", options.target, "Lend memory to initiators until a signal comes");
+  command->add_option("--rail", options.rails,
+                      "host:port of one TCP rail here, repeatable (port 0: any); auto: every usable address");
+  command->add_option("--include", options.include, "Only these interfaces, devices or addresses (patterns)");
+  command->add_option("--exclude", options.exclude, "Not these");
+  command->add_option("--kind", options.kinds, "Kinds of rail to use (default: all that work)")
+      ->check(CLI::IsMember({"tcp", "shm", "rdma", "local"}));
+  command->add_option("--listen", options.listen, "Control address of the target")
+      ->capture_default_str()
+      ->needs(target);
+  command->add_option("--memory-max", options.memory_max, "Memory that the target lends to all initiators")
+      ->capture_default_str();
+  command->add_option("--log-level", options.log.level, "trace, debug, info, warn, error or off")
+      ->capture_default_str();
+  const std::vector<CLI::Option*> initiator = {
+      command->add_option("--connect", options.connect, "Control address of a target"),
+      command->add_option("--op", options.op, "write, read or mixed")
+          ->check(CLI::IsMember({"write", "read", "mixed"}))
+          ->capture_default_str(),
+      command->add_option("--block", options.blocks, "Bytes of a block, e.g. 4KiB,1MiB; each a row")
+          ->delimiter(',')
+          ->capture_default_str(),
+      command->add_option("--batch", options.batches, "Blocks of one transfer; each a row")
+          ->delimiter(',')
+          ->check(CLI::Range(1, 1 << 20))
+          ->capture_default_str(),
+      command->add_option("--threads", options.threads, "Threads that submit; each a row")
+          ->delimiter(',')
+          ->check(CLI::Range(1, 64))
+          ->capture_default_str(),
+      command->add_option("--depth", options.depth, "Transfers in flight per thread")
+          ->check(CLI::Range(1, 4096))
+          ->capture_default_str(),
+      command->add_option("--seconds", options.seconds, "Measured time of a row")
+          ->check(CLI::Range(0.01, 86400.0))
+          ->capture_default_str(),
+      command->add_option("--warmup", options.warmup, "Seconds before that")
+          ->check(CLI::Range(0.0, 3600.0))
+          ->capture_default_str(),
+      command->add_option("--memory", options.memory, "Working set of a thread on each side")
+          ->capture_default_str(),
+      command->add_flag("--check", options.check, "Compare every byte with what it should be"),
+      command->add_flag("--scatter", options.scatter, "Blocks of a transfer go to shuffled places"),
+      command->add_flag("--prepare", options.prepare, "Check lists of blocks once, not with every transfer"),
+      command->add_flag("--reconnect", options.reconnect, "Look for a lost target again and go on"),
+      command->add_option("--background", options.background,
+                          "Block size of bulk writes beside the measured ones, at a lower priority"),
+      command
+          ->add_option("--timeline", options.timeline_ms,
+                       "Milliseconds of a bucket of the goodput over time (--json)")
+          ->check(CLI::Range(0.1, 60000.0)),
+      command->add_option("--fault", options.faults,
+                          "SECONDS:COMMAND, repeatable: a shell command at a time of each row"),
+      command->add_flag("--json", options.json, "One JSON object instead of a table")};
+  for (CLI::Option* option : initiator) option->excludes(target);
   return command;
 }
 

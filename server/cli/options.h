@@ -14,13 +14,22 @@ namespace millrace::server {
 struct ModelOptions {
   std::string model;       // checkpoint directory
   std::string model_name;  // as clients name it; empty: the directory's name
+  std::string backend = "cpu";
   std::string precision = "bfloat16";
+  std::string quantize = "none";
+  std::string weight_cache;  // directory; empty: packed weights are made anew at every start
   std::string isa = "auto";
   int threads = 0;                   // 0 = every processor this process may use
   std::string kv_memory = "512MiB";  // KV pages, per engine
   int32_t batch_tokens_max = 512;
   int32_t running_max = 64;
   int32_t waiting_max = 256;
+  std::string prefix_cache = "on";
+  std::string kv_host_memory = "0";  // cached pages that the pool evicts
+  std::string kv_disk_size = "0";    // and those that host memory evicts
+  std::string kv_disk_directory = "/var/tmp";
+  std::string speculate = "auto";
+  double token_gap_ms = 200;
 };
 
 struct HttpOptions {
@@ -81,6 +90,34 @@ struct InspectOptions {
   std::string model;
 };
 
+struct TransferBenchOptions {
+  LogOptions log{.level = "warn"};
+  bool target = false;
+  std::string listen = "127.0.0.1:7400";  // the target's control address
+  std::string connect;                    // the initiator's target; empty without `target`: both roles here
+  std::vector<std::string> rails;
+  std::vector<std::string> include;
+  std::vector<std::string> exclude;
+  std::vector<std::string> kinds;
+  std::string memory_max = "4GiB";
+  std::string op = "write";
+  std::vector<std::string> blocks{"1MiB"};
+  std::vector<int> batches{1};
+  std::vector<int> threads{1};
+  int depth = 4;
+  double seconds = 3;
+  double warmup = 0.5;
+  std::string memory = "64MiB";
+  bool check = false;
+  bool scatter = false;
+  bool prepare = false;
+  bool reconnect = false;
+  std::string background;
+  double timeline_ms = 0;
+  std::vector<std::string> faults;
+  bool json = false;
+};
+
 // --config FILE, for every sub-command.
 void AddConfigFile(CLI::App& app);
 
@@ -90,6 +127,7 @@ CLI::App* AddGateway(CLI::App& app, GatewayCommandOptions& options);
 CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options);
 CLI::App* AddChat(CLI::App& app, ChatOptions& options);
 CLI::App* AddInspect(CLI::App& app, InspectOptions& options);
+CLI::App* AddTransferBench(CLI::App& app, TransferBenchOptions& options);
 
 // "effective configuration: listen=... threads=..." of a parsed sub-command, for the log.
 std::string EffectiveConfiguration(const CLI::App& command);

@@ -4,6 +4,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <span>
 
 #include "base/log.h"
 #include "base/net.h"
@@ -31,14 +32,23 @@ class Signals {
     pthread_sigmask(SIG_BLOCK, &set_, nullptr);
     signal(SIGPIPE, SIG_IGN);
   }
-  // A second signal ends the process at once.
-  void Wait() {
-    int number = 0;
-    sigwait(&set_, &number);
+  // Until a signal comes, or one of the workers' engines has failed: only a new process computes again, and
+  // whoever started this one is told by its exit code. A second signal ends the process at once.
+  Status Wait(std::span<const HostedWorker> workers = {}) {
+    constexpr timespec kLook = {0, 200'000'000};
+    int number = -1;
+    while (number < 0) {
+      number = sigtimedwait(&set_, nullptr, &kLook);
+      for (const HostedWorker& hosted : workers) {
+        if (!hosted.engine->MakingProgress(Duration::max()))
+          return Internal("the engine has failed: see the log");
+      }
+    }
     LogInfo("signal {}: draining", number == SIGINT ? "SIGINT" : "SIGTERM");
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
     pthread_sigmask(SIG_UNBLOCK, &set_, nullptr);
+    return OkStatus();
   }
 
  private:
@@ -114,7 +124,7 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
       gateway->address(), info.name);
   fmt::print("  or:  millrace chat --url http://{}\n", gateway->address());
   std::fflush(stdout);
-  signals.Wait();
+  MR_RETURN_IF_ERROR(signals.Wait(workers));
   gateway->Shutdown(FromSeconds(options.drain));
   for (HostedWorker& hosted : workers) hosted.worker->Shutdown(Duration::zero());
   return OkStatus();
@@ -137,7 +147,7 @@ Status ServeGateway(const GatewayCommandOptions& options, const std::string& eff
                                                          *tokenizer, *membership, metrics));
   fmt::print("Millrace serves {} at {}://{}\n", info.name, Scheme(options.http), gateway->address());
   std::fflush(stdout);
-  signals.Wait();
+  MR_RETURN_IF_ERROR(signals.Wait());
   gateway->Shutdown(FromSeconds(options.drain));
   return OkStatus();
 }
@@ -165,7 +175,7 @@ Status ServeWorker(const WorkerCommandOptions& options, const std::string& effec
   MR_ASSIGN_OR_RETURN(const auto exposer, ExposeMetrics(options.metrics_listen, metrics));
   fmt::print("Millrace {} worker of {} on {}\n", options.role, model.name, hosted.worker->address());
   std::fflush(stdout);
-  signals.Wait();
+  MR_RETURN_IF_ERROR(signals.Wait({&hosted, 1}));
   hosted.worker->Shutdown(FromSeconds(options.drain));
   return OkStatus();
 }

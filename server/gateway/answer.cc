@@ -77,6 +77,7 @@ void Answer::Begin() {
     wanted.prompt = request_.PromptOf(choice);
     wanted.sampling = request_.SamplingOf(choice);
     wanted.priority = request_.priority;
+    wanted.cache_salt = request_.cache_salt;
     wanted.deadline = deadline_;
     running_[i].generation =
         Generation::Create(executor_, context_.membership, context_.in_flight, context_.options, wanted,
@@ -102,8 +103,12 @@ void Answer::OnEvent(size_t index, const Generation::Event& event) {
     record_.first_token = Clock::System().Now();
     context_.log.Put(record_);
   }
+  const auto& token = std::get<engine::TokenEvent>(event);
+  // Choices of one prompt share it, so that only the first says what was found of it.
+  const bool first_of_prompt = static_cast<int32_t>(index) % request_.n == 0;
+  if (first_of_prompt && token.index == 0) usage_.cached_tokens += token.cached_tokens;
   const int32_t reasoning = running.choice.num_reasoning_tokens();
-  ChoiceDelta delta = running.choice.Push(std::get<engine::TokenEvent>(event));
+  ChoiceDelta delta = running.choice.Push(token);
   ++usage_.completion_tokens;
   usage_.reasoning_tokens += running.choice.num_reasoning_tokens() - reasoning;
   if (delta.empty()) return;

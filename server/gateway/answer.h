@@ -19,6 +19,7 @@ namespace millrace::server {
 
 struct Usage {
   int32_t prompt_tokens = 0;
+  int32_t cached_tokens = 0;  // of the prompts'
   int32_t completion_tokens = 0;
   int32_t reasoning_tokens = 0;  // of the completion's
 };

@@ -217,8 +217,9 @@ std::optional<ApiError> CheckRefused(const Json& body) {
 // Fields that name somebody or something and change nothing in the answer.
 void CheckNames(Fields& fields, ApiRequest* request) {
   std::string ignored;
-  for (const char* key : {"user", "safety_identifier", "prompt_cache_key", "cache_salt"})
+  for (const char* key : {"user", "safety_identifier", "prompt_cache_key"})
     fields.String(key, kNameBytesMax, &ignored);
+  fields.String("cache_salt", kNameBytesMax, &request->cache_salt);
   fields.String("request_id", 128, &request->request_id);
   if (!fields.error() && fields.Has("request_id") && !IsRequestId(request->request_id))
     fields.Fail("request_id", "'request_id' must be 1 to 128 of letters, digits, '-', '_' and '.'");

@@ -42,6 +42,7 @@ struct ApiRequest {
   bool include_reasoning = true;
   AnswerParserOptions parser;  // all off for completions
   int32_t priority = 0;
+  std::string cache_salt;  // KV is shared only among requests of one salt
   std::optional<double> timeout_seconds;
   std::string request_id;                   // the client's name for it, or empty
   std::vector<std::string> unknown_fields;  // accepted, to be logged once

@@ -53,6 +53,7 @@ Generation::Generation(net::any_io_executor executor, Membership& membership, In
   request_.set_request_id(request.id);
   request_.mutable_prompt()->Assign(request.prompt.begin(), request.prompt.end());
   request_.set_priority(request.priority);
+  request_.set_cache_salt(request.cache_salt);
   SamplingToProto(request.sampling, request_.mutable_sampling());
 }
 
@@ -76,7 +77,9 @@ void Generation::Dispatch(const Status& cause) {
   wanted.exclude = failed_;
   decode_lease_.Release();
   prefill_lease_.Release();
-  std::vector<WorkerSnapshot> workers = membership_.Snapshot();
+  std::vector<int32_t> tokens(request_.prompt().begin(), request_.prompt().end());
+  tokens.insert(tokens.end(), request_.output().begin(), request_.output().end());
+  std::vector<WorkerSnapshot> workers = membership_.Snapshot({tokens, request_.cache_salt()});
   in_flight_.Apply(&workers);
   const auto route = PickRoute(workers, wanted);
   if (!route.ok()) return Finish(cause.ok() ? route.status() : cause);

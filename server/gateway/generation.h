@@ -30,6 +30,7 @@ struct GenerationRequest {
   std::vector<int32_t> prompt;  // token ids
   engine::SamplingParams sampling;
   int32_t priority = 0;
+  std::string cache_salt;  // KV is shared only among requests of one salt
   TimePoint deadline = kNoDeadline;
 };
 

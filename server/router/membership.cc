@@ -6,9 +6,12 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <unordered_set>
 
 #include "base/log.h"
 #include "base/net.h"
+#include "engine/kv/layout.h"
+#include "engine/kv/page_keys.h"
 #include "proto/worker.grpc.pb.h"
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
@@ -124,10 +127,22 @@ class WatchedMembership final : public Membership {
     watcher_.Stop();
   }
 
-  std::vector<WorkerSnapshot> Snapshot() const override {
+  std::vector<WorkerSnapshot> Snapshot(const CacheQuery& query) const override {
     std::vector<WorkerSnapshot> all;
+    std::map<std::string, std::vector<uint64_t>> keys_of_model;
     std::lock_guard lock(mutex_);
-    for (const auto& [address, snapshot] : snapshots_) all.push_back(snapshot);
+    for (const auto& [address, snapshot] : snapshots_) {
+      all.push_back(snapshot);
+      const auto cached = cached_keys_.find(address);
+      if (query.tokens.empty() || cached == cached_keys_.end()) continue;
+      std::vector<uint64_t>& keys = keys_of_model[snapshot.model_digest];
+      if (keys.empty()) {
+        engine::ExtendPageKeys(engine::CacheRoot(snapshot.model_digest, query.salt), query.tokens, &keys);
+      }
+      const auto end =
+          std::find_if(keys.begin(), keys.end(), [&](uint64_t key) { return !cached->second.contains(key); });
+      all.back().cached_tokens = static_cast<int32_t>(end - keys.begin()) * engine::kPageTokens;
+    }
     return all;
   }
 
@@ -184,6 +199,7 @@ class WatchedMembership final : public Membership {
       {
         std::lock_guard lock(mutex_);
         snapshots_.erase(it->first);
+        cached_keys_.erase(it->first);
       }
       it = members_.erase(it);
     }
@@ -232,6 +248,12 @@ class WatchedMembership final : public Membership {
     member->reported_lost = false;
     WorkerSnapshot snapshot = SnapshotFromProto(address, state);
     std::lock_guard lock(mutex_);
+    if (state.has_cache()) {
+      std::unordered_set<uint64_t>& keys = cached_keys_[address];
+      if (state.cache().reset()) keys.clear();
+      for (const uint64_t key : state.cache().removed()) keys.erase(key);
+      keys.insert(state.cache().added().begin(), state.cache().added().end());
+    }
     WorkerSnapshot& known = snapshots_[address];
     if (!known.connected || known.ready != snapshot.ready) {
       LogInfo("worker {} is {}", address, snapshot.ready ? "ready" : "not ready");
@@ -244,6 +266,7 @@ class WatchedMembership final : public Membership {
     member->reported_lost = true;
     std::lock_guard lock(mutex_);
     snapshots_[address].connected = false;
+    cached_keys_.erase(address);  // the next stream begins with all of them
   }
 
   void Ended(const std::string& address, uint64_t generation, const grpc::Status& status) {
@@ -281,6 +304,8 @@ class WatchedMembership final : public Membership {
 
   mutable std::mutex mutex_;  // innermost: nothing is called while it is held
   std::map<std::string, WorkerSnapshot> snapshots_;
+  std::map<std::string, std::unordered_set<uint64_t>>
+      cached_keys_;  // by address; as many as the worker has pages
   int streams_ = 0;  // whose Ended has not run
   bool no_new_streams_ = false;
   std::condition_variable stream_ended_;

@@ -4,6 +4,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -22,12 +23,19 @@ struct MembershipOptions {
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
 };
 
+// A prompt, to be looked for in the workers' prefix caches.
+struct CacheQuery {
+  std::span<const int32_t> tokens;
+  std::string salt;
+};
+
 // Thread-safe. Resolution runs on its own thread, streams on gRPC's.
 class Membership {
  public:
   static StatusOr<std::unique_ptr<Membership>> Create(const MembershipOptions& options);
-  virtual ~Membership() = default;                           // ends every stream
-  virtual std::vector<WorkerSnapshot> Snapshot() const = 0;  // sorted by address
+  virtual ~Membership() = default;  // ends every stream
+  // Sorted by address; cached_tokens is for `query`.
+  virtual std::vector<WorkerSnapshot> Snapshot(const CacheQuery& query = {}) const = 0;
   // The shared channel to a worker, known or not.
   virtual std::shared_ptr<grpc::Channel> ChannelTo(const std::string& address) = 0;
   // True once a worker of each needed kind was seen ready, now: (decode or both).

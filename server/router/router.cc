@@ -23,14 +23,25 @@ bool Compatible(const WorkerSnapshot& a, const WorkerSnapshot& b) {
          a.layout_hash == b.layout_hash;
 }
 
+// Tokens of the prompt whose KV the worker would have to compute or get; at least one, as it keeps no logits.
+int32_t Uncached(const WorkerSnapshot& worker, const RouteRequest& request) {
+  return std::max(request.prompt_tokens - worker.cached_tokens, std::min(request.prompt_tokens, 1));
+}
+
+// A prompt that is there in full is worth this many sequences that share the steps: the transfer or the
+// computing of its KV against the time that they take. A worker with a warm cache gets the conversation back
+// until it has so much more to do than another.
+constexpr double kCacheWorth = 2;
+
 // Smaller is better. First who has the pages at all (the others make the request wait or preempt), then by
-// how many sequences share the steps, then by how full the memory will be.
+// how many sequences share the steps and how much is cached, then by how full the memory will be.
 auto DecodeLoad(const WorkerSnapshot& worker, const RouteRequest& request) {
-  const int32_t needed = engine::PagesFor(request.prompt_tokens) + 1;
+  const int32_t needed = engine::PagesFor(Uncached(worker, request)) + 1;
+  const double uncached = static_cast<double>(Uncached(worker, request)) / std::max(request.prompt_tokens, 1);
   const double used =
       static_cast<double>(worker.pages_total - worker.pages_free + needed) / std::max(worker.pages_total, 1);
-  return std::make_tuple(worker.pages_free < needed, worker.waiting + worker.running, used,
-                         std::cref(worker.address));
+  return std::make_tuple(worker.pages_free < needed, worker.waiting + worker.running + kCacheWorth * uncached,
+                         used, std::cref(worker.address));
 }
 
 Status NobodyDecodes(std::span<const WorkerSnapshot> workers, const RouteRequest& request) {
@@ -80,7 +91,7 @@ std::vector<std::string> PickPrefill(std::span<const WorkerSnapshot> workers, co
     const int32_t ahead = worker.waiting + (worker.role == WorkerRole::kPrefill ? worker.running : 0);
     const double rate =
         worker.prefill_tokens_per_second > 0 ? worker.prefill_tokens_per_second : rate_default;
-    return (1.0 + ahead) * request.prompt_tokens / rate;
+    return (static_cast<double>(ahead) * request.prompt_tokens + Uncached(worker, request)) / rate;
   };
   std::sort(candidates.begin(), candidates.end(), [&](const auto* a, const auto* b) {
     return std::make_tuple(predicted_seconds(*a), std::cref(a->address)) <
@@ -105,7 +116,7 @@ StatusOr<Route> PickRoute(std::span<const WorkerSnapshot> workers, const RouteRe
   if (decode == nullptr) return NobodyDecodes(workers, request);
   Route route;
   route.decode = decode->address;
-  if (request.prompt_tokens > request.local_prefill_tokens_max)
+  if (Uncached(*decode, request) > request.local_prefill_tokens_max)
     route.prefill = PickPrefill(workers, *decode, request);
   return route;
 }

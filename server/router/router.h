@@ -29,11 +29,13 @@ struct WorkerSnapshot {
   int32_t running = 0;
   int32_t context_max = 0;
   double prefill_tokens_per_second = 0;  // 0 = not measured yet
+  int32_t cached_tokens = 0;             // of the prompt that is to be routed: in the worker's prefix cache
 };
 
 struct RouteRequest {
   int32_t prompt_tokens = 0;
-  int32_t local_prefill_tokens_max = 0;   // prompts up to here are prefilled by the decode worker itself
+  // A decode worker that lacks the KV of no more than this many tokens of the prompt prefills by itself.
+  int32_t local_prefill_tokens_max = 0;
   std::vector<std::string> exclude = {};  // addresses that failed this request already
 };
 
@@ -42,10 +44,12 @@ struct Route {
   std::vector<std::string> prefill;  // in order of preference; empty: decode prefills
 };
 
-// Picks the decode worker with the least predicted load and orders the prefill workers that are compatible
-// with it (protocol version, model digest, KV layout hash) by predicted time to first token: (queued + prompt
-// tokens) over the measured rate. Ties go to the lower address, so equal snapshots give equal routes.
-// Unavailable, saying why ("no decode worker is ready: 2 known, 0 connected"), when nobody can serve.
+// Picks the decode worker with the least predicted load, where a prompt whose KV is there in full counts for
+// as much as two sequences less, and orders the prefill workers that are compatible with it (protocol
+// version, model digest, KV layout hash) by predicted time to first token: (tokens queued + prompt tokens
+// that are not cached there) over the measured rate. Ties go to the lower address, so equal snapshots give
+// equal routes. Unavailable, saying why ("no decode worker is ready: 2 known, 0 connected"), when nobody can
+// serve.
 StatusOr<Route> PickRoute(std::span<const WorkerSnapshot> workers, const RouteRequest& request);
 
 }  // namespace millrace::server

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace millrace::server {
 namespace {
@@ -58,6 +59,7 @@ StatusOr<engine::EngineRequest> RequestFromProto(const rpc::GenerateRequest& mes
   request.output.assign(message.output().begin(), message.output().end());
   request.sampling = SamplingFromProto(message.sampling());
   request.priority = message.priority();
+  request.cache_salt = message.cache_salt();
   // A century is for ever, and cannot overflow the clock.
   constexpr int64_t kTimeoutUsMax = int64_t{100} * 365 * 86'400 * 1'000'000;
   if (message.timeout_us() > 0) {
@@ -93,6 +95,10 @@ void TokenToProto(const engine::TokenEvent& event, rpc::Token* message) {
   message->set_index(event.index);
   message->set_token(event.token.token);
   message->set_logprob(event.token.logprob);
+  message->set_cached_tokens(event.cached_tokens);
+  if (!event.mtp_hidden.empty()) {
+    message->set_mtp_hidden(event.mtp_hidden.data(), event.mtp_hidden.size() * sizeof(float));
+  }
   for (const engine::TokenLogprob& entry : event.token.top) {
     rpc::TokenLogprob* top = message->add_top();
     top->set_token(entry.token);
@@ -116,6 +122,9 @@ engine::TokenEvent TokenFromProto(const rpc::Token& message) {
   event.index = message.index();
   event.token.token = message.token();
   event.token.logprob = message.logprob();
+  event.cached_tokens = message.cached_tokens();
+  event.mtp_hidden.resize(message.mtp_hidden().size() / sizeof(float));
+  std::memcpy(event.mtp_hidden.data(), message.mtp_hidden().data(), event.mtp_hidden.size() * sizeof(float));
   for (const rpc::TokenLogprob& top : message.top()) event.token.top.push_back({top.token(), top.logprob()});
   if (message.finish() == rpc::STOP) event.finish = engine::FinishReason::kStop;
   if (message.finish() == rpc::LENGTH) event.finish = engine::FinishReason::kLength;

@@ -56,12 +56,15 @@ void ImportAttempt::OpenStream() {
   start->set_region(context_->region);
   start->set_num_pages(static_cast<uint32_t>(context_->layout.num_pages));
   start->set_layout_hash(context_->layout_hash);
+  start->set_first_page(static_cast<uint32_t>(first_page_));
   stream_ = PrefillStream::Open(context_, params_.address, params_.deadline, std::move(command),
                                 shared_from_this());
 }
 
+// The first grant comes alone: it says how much is cached here and need not come.
 void ImportAttempt::RequestGrants() {
-  while (pages_requested_ < num_pages_ && grants_requested_ < grants_used_ + kGrantsInFlight) {
+  const size_t in_flight_max = first_page_ < 0 ? 1 : kGrantsInFlight;
+  while (pages_requested_ < num_pages_ && grants_requested_ < grants_used_ + in_flight_max) {
     const int32_t count = std::min(context_->options.grant_pages, num_pages_ - pages_requested_);
     pages_requested_ += count;
     ++grants_requested_;
@@ -72,15 +75,19 @@ void ImportAttempt::RequestGrants() {
   }
 }
 
-void ImportAttempt::OnGrant(StatusOr<std::vector<engine::PageId>> pages) {
+void ImportAttempt::OnGrant(StatusOr<engine::GrantedPages> granted) {
   if (over()) return;  // the ticket's hold on such pages goes with the others
-  if (!pages.ok()) return Fail(Annotate(pages.status(), "pages for the prompt"));
-  grants_.push_back({pages_.size(), pages->size()});
-  pages_.insert(pages_.end(), pages->begin(), pages->end());
+  if (!granted.ok()) return Fail(Annotate(granted.status(), "pages for the prompt"));
+  const std::vector<engine::PageId>& pages = granted->pages;
+  grants_.push_back({pages_.size(), pages.size()});
+  pages_.insert(pages_.end(), pages.begin(), pages.end());
   Progress();
-  if (grants_.size() == 1) {
+  if (first_page_ < 0) {
+    first_page_ = granted->first_page;
+    pages_requested_ = first_page_ + static_cast<int32_t>(pages.size());
     times_.granted = Now();
     OpenStream();
+    RequestGrants();
   }
   SendGrants();
 }
@@ -131,9 +138,11 @@ Status ImportAttempt::HandleEvent(const rpc::PrefillEvent& event) {
       return OkStatus();
     case rpc::PrefillEvent::kFirstToken: {
       MR_RETURN_IF_ERROR(CheckFirstToken(event.first_token()));
-      const engine::TokenEvent first = TokenFromProto(event.first_token());
+      engine::TokenEvent first = TokenFromProto(event.first_token());
+      first.cached_tokens = std::max(first.cached_tokens, first_page_ * engine::kPageTokens);
       has_first_token_ = true;
       first_token_ = first.token;
+      mtp_hidden_ = std::exchange(first.mtp_hidden, {});  // not for the caller
       times_.first_token = Now();
       owner_->OnFirstToken(first);  // may abandon this attempt
       return OkStatus();
@@ -164,7 +173,7 @@ Status ImportAttempt::CheckFirstToken(const rpc::Token& token) const {
 
 Status ImportAttempt::CheckSeal(const rpc::PrefillEvent::Seal& seal) const {
   const auto layers = static_cast<uint64_t>(context_->layout.num_layers);
-  const auto pages = static_cast<uint64_t>(num_pages_);
+  const auto pages = static_cast<uint64_t>(num_pages_ - first_page_);
   if (!has_first_token_) return DataLoss("sealed before the first token");
   if (pages_.size() != pages || grants_sent_ != grants_.size() ||
       ticket_.state() != TicketState::kStreaming) {
@@ -197,7 +206,8 @@ void ImportAttempt::OnClosed() {
   if (ticket_.aborted()) return ReleaseWhenDrained();
   digesting_ = true;
   context_->digest.Post([self = shared_from_this()] {
-    const uint64_t digest = SequenceDigest(self->context_->layout, self->context_->kv, self->pages_);
+    const uint64_t digest =
+        SequenceDigest(self->context_->layout, self->context_->kv, self->pages_, self->first_page_);
     self->context_->control.Post([self, digest] { self->OnDigest(digest); });
   });
 }
@@ -207,7 +217,7 @@ void ImportAttempt::OnDigest(uint64_t digest) {
   if (ticket_.aborted()) return ReleaseWhenDrained();
   if (digest != sealed_digest_) {
     return Fail(DataLoss("{} pages arrived other than they were sent: digest {:016x} instead of {:016x}",
-                         num_pages_, digest, sealed_digest_));
+                         pages_.size(), digest, sealed_digest_));
   }
   Commit();
 }
@@ -215,7 +225,8 @@ void ImportAttempt::OnDigest(uint64_t digest) {
 void ImportAttempt::Commit() {
   times_.committed = Now();
   ticket_.MoveTo(TicketState::kCommitted);
-  context_->engine->FinishImport(params_.id, first_token_, /*first_already_sent=*/true);
+  context_->engine->FinishImport(params_.id, first_token_, /*first_already_sent=*/true,
+                                 std::move(mtp_hidden_));
   context_->engine->ReleaseTicket(params_.id);
   ticket_.MoveTo(TicketState::kReleased);
   context_->metrics.OnPrefillAttempt("committed");

@@ -60,7 +60,7 @@ class ImportAttempt final : public PrefillStreamObserver, public std::enable_sha
 
   void OpenStream();
   void RequestGrants();
-  void OnGrant(StatusOr<std::vector<engine::PageId>> pages);
+  void OnGrant(StatusOr<engine::GrantedPages> granted);
   void SendGrants();
   Status SendGrant(const Grant& grant);
   Status CheckFirstToken(const rpc::Token& token) const;
@@ -85,19 +85,21 @@ class ImportAttempt final : public PrefillStreamObserver, public std::enable_sha
   ImportOwner* owner_;  // null after Abandon, failure or success
   const ImportParams params_;
   const int32_t num_pages_;    // of the whole sequence
+  int32_t first_page_ = -1;    // those before it were cached here; -1 until the first grant
   const int32_t first_index_;  // number of the first token
 
   std::shared_ptr<PrefillStream> stream_;  // shared with gRPC, which calls it until it has ended
   bool accepted_ = false;
   uint64_t peer_epoch_ = 0;
-  int32_t pages_requested_ = 0;
-  std::vector<engine::PageId> pages_;  // granted by the engine, in sequence order
+  int32_t pages_requested_ = 0;        // index of the first page of the sequence that no grant was asked for
+  std::vector<engine::PageId> pages_;  // granted by the engine, in sequence order from first_page_ on
   std::vector<Grant> grants_;          // answered by the engine
   size_t grants_requested_ = 0;
   size_t grants_sent_ = 0;
   size_t grants_used_ = 0;
   bool has_first_token_ = false;
   engine::SampledToken first_token_;
+  std::vector<float> mtp_hidden_;  // that came with it
   uint64_t sealed_digest_ = 0;
 
   Ticket ticket_;

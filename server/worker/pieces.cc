@@ -30,11 +30,11 @@ std::vector<transfer::Intent> LayerIntents(const engine::KvLayout& source_layout
   std::vector<transfer::Intent> intents;
   for (size_t i = 0; i < source.size(); ++i) {
     if (i > 0 && source[i] == source[i - 1] + 1 && destination[i] == destination[i - 1] + 1) {
-      intents.back().source.bytes += piece_bytes;
+      intents.back().local.bytes += piece_bytes;
       continue;
     }
     transfer::Intent intent;
-    intent.source = {source_region, source_layout.piece_offset(layer, source[i]), piece_bytes};
+    intent.local = {source_region, source_layout.piece_offset(layer, source[i]), piece_bytes};
     intent.remote_region = destination_region;
     intent.remote_offset = destination_layout.piece_offset(layer, destination[i]);
     intents.push_back(intent);
@@ -56,10 +56,11 @@ uint64_t LayerDigest(const engine::KvLayout& layout, std::span<const std::byte> 
 }
 
 uint64_t SequenceDigest(const engine::KvLayout& layout, std::span<const std::byte> memory,
-                        std::span<const engine::PageId> pages) {
+                        std::span<const engine::PageId> pages, int32_t first_page) {
+  const int32_t num_pages = first_page + static_cast<int32_t>(pages.size());
   uint64_t sum = 0;
   for (int32_t layer = 0; layer < layout.num_layers; ++layer) {
-    sum += LayerDigest(layout, memory, pages, layer, 0, static_cast<int32_t>(pages.size()));
+    sum += LayerDigest(layout, memory, pages, layer, first_page, num_pages);
   }
   return sum;
 }

@@ -30,8 +30,8 @@ uint64_t LayerDigest(const engine::KvLayout& layout, std::span<const std::byte> 
                      std::span<const engine::PageId> pages, int32_t layer, int32_t first_page,
                      int32_t num_pages);
 
-// The same over all layers of all pages of a sequence: what a seal states.
+// The same over all layers of the pages of a sequence from first_page on: what a seal states.
 uint64_t SequenceDigest(const engine::KvLayout& layout, std::span<const std::byte> memory,
-                        std::span<const engine::PageId> pages);
+                        std::span<const engine::PageId> pages, int32_t first_page);
 
 }  // namespace millrace::server

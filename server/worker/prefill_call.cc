@@ -99,14 +99,15 @@ class PrefillCall final : public grpc::ServerBidiReactor<rpc::PrefillCommand, rp
   TimePoint deadline_ = kNoDeadline;
   int32_t priority_ = 0;
   int32_t num_tokens_ = 0;
-  int32_t num_pages_ = 0;  // of the sequence
+  int32_t num_pages_ = 0;   // of the sequence
+  int32_t first_page_ = 0;  // D has those before it
 
   engine::KvLayout remote_layout_;  // D's: ours with D's page count
   uint32_t remote_region_ = 0;
   transfer::PeerId peer_ = 0;
   Ticket ticket_;
   transfer::TicketId ticket_id_ = 0;         // D's
-  std::vector<engine::PageId> destination_;  // pages granted so far, in sequence order
+  std::vector<engine::PageId> destination_;  // pages granted so far, in sequence order from first_page_ on
   std::vector<int32_t> grant_ends_;          // page index where each grant ends
   std::vector<engine::PageId> source_;       // [num_pages_], filled as computed
 
@@ -184,6 +185,10 @@ Status PrefillCall::OnStart(const rpc::PrefillCommand::Start& start) {
   priority_ = request.priority;
   num_tokens_ = static_cast<int32_t>(request.prompt.size() + request.output.size());
   num_pages_ = engine::PagesFor(num_tokens_);
+  if (start.first_page() >= static_cast<uint32_t>(num_pages_)) {
+    return InvalidArgument("first_page {}: the prompt has {} pages", start.first_page(), num_pages_);
+  }
+  first_page_ = static_cast<int32_t>(start.first_page());
   remote_layout_ = context_->layout;
   remote_layout_.num_pages = static_cast<int32_t>(start.num_pages());
   remote_region_ = start.region();
@@ -204,24 +209,28 @@ Status PrefillCall::OnGrant(const rpc::PrefillCommand::Grant& grant) {
   if (grant.ticket() == 0 || (ticket_id_ != 0 && grant.ticket() != ticket_id_)) {
     return InvalidArgument("a grant under ticket {} instead of {}", grant.ticket(), ticket_id_);
   }
-  const int32_t left = num_pages_ - static_cast<int32_t>(destination_.size());
+  const int32_t left = num_pages_ - first_page_ - static_cast<int32_t>(destination_.size());
   MR_ASSIGN_OR_RETURN(std::vector<engine::PageId> pages,
                       PagesFromProto(grant, remote_layout_.num_pages, left));
   if (ticket_id_ == 0) ticket_.MoveTo(TicketState::kGranted);
   ticket_id_ = grant.ticket();
   destination_.insert(destination_.end(), pages.begin(), pages.end());
-  grant_ends_.push_back(static_cast<int32_t>(destination_.size()));
+  grant_ends_.push_back(first_page_ + static_cast<int32_t>(destination_.size()));
   Flush();
   return OkStatus();
 }
 
 void PrefillCall::OnLayer(int32_t layer, int32_t first_page, const std::vector<engine::PageId>& pages) {
   if (ended_) return;
-  const Run run{layer, first_page, static_cast<int32_t>(pages.size())};
+  Run run{layer, first_page, static_cast<int32_t>(pages.size())};
   MR_CHECK(layer >= 0 && layer < layers() && first_page >= 0 && run.count > 0 &&
                first_page + run.count <= num_pages_,
            "layer {} of pages {} to {} of {}", layer, first_page, first_page + run.count, num_pages_);
   std::copy(pages.begin(), pages.end(), source_.begin() + first_page);
+  const int32_t skipped = std::clamp(first_page_ - first_page, 0, run.count);
+  run.first_page += skipped;
+  run.count -= skipped;
+  if (run.count == 0) return;
   Digest(run);
   waiting_.push_back(run);
   Flush();
@@ -229,7 +238,7 @@ void PrefillCall::OnLayer(int32_t layer, int32_t first_page, const std::vector<e
 
 // Submits what is granted; of a run that is granted in part, that part.
 void PrefillCall::Flush() {
-  const auto granted = static_cast<int32_t>(destination_.size());
+  const int32_t granted = first_page_ + static_cast<int32_t>(destination_.size());
   std::vector<Run> later;
   for (const Run& run : std::exchange(waiting_, {})) {
     Run now = run;
@@ -245,15 +254,16 @@ void PrefillCall::Flush() {
 Status PrefillCall::Submit(const Run& run) {
   const auto first = static_cast<size_t>(run.first_page);
   const auto count = static_cast<size_t>(run.count);
-  transfer::WriteRequest write;
+  const auto destination = static_cast<size_t>(run.first_page - first_page_);
+  transfer::Request write;
   write.ticket = ticket_id_;
-  write.intents =
-      LayerIntents(context_->layout, context_->region, std::span(source_).subspan(first, count),
-                   remote_layout_, remote_region_, std::span(destination_).subspan(first, count), run.layer);
+  write.intents = LayerIntents(context_->layout, context_->region, std::span(source_).subspan(first, count),
+                               remote_layout_, remote_region_,
+                               std::span(destination_).subspan(destination, count), run.layer);
   write.deadline = deadline_;
   write.priority = priority_;
   if (ticket_.state() == TicketState::kGranted) ticket_.MoveTo(TicketState::kStreaming);
-  return context_->transfer->Write(peer_, std::move(write), [self = shared_from_this(), run](Status status) {
+  return context_->transfer->Submit(peer_, std::move(write), [self = shared_from_this(), run](Status status) {
     self->context_->control.Post([self, run, status] { self->OnWritten(run, status); });
   });
 }
@@ -293,7 +303,8 @@ void PrefillCall::OnWritten(const Run& run, const Status& status) {
 void PrefillCall::SayGrantsUsed() {
   const size_t before = grants_used_;
   while (grants_used_ < grant_ends_.size()) {
-    const auto begin = layers_written_.begin() + (grants_used_ == 0 ? 0 : grant_ends_[grants_used_ - 1]);
+    const auto begin =
+        layers_written_.begin() + (grants_used_ == 0 ? first_page_ : grant_ends_[grants_used_ - 1]);
     const auto end = layers_written_.begin() + grant_ends_[grants_used_];
     if (!std::all_of(begin, end, [this](int32_t written) { return written == layers(); })) break;
     ++grants_used_;
@@ -306,7 +317,7 @@ void PrefillCall::SayGrantsUsed() {
 
 void PrefillCall::OnToken(const engine::TokenEvent& event) {
   if (ended_) return;
-  context_->prefill_rate.OnPrefill(num_tokens_, begun_, Now());
+  context_->prefill_rate.OnPrefill(num_tokens_ - event.cached_tokens, begun_, Now());
   token_sent_ = true;
   rpc::PrefillEvent message;
   TokenToProto(event, message.mutable_first_token());
@@ -316,14 +327,15 @@ void PrefillCall::OnToken(const engine::TokenEvent& event) {
 
 // The seal states what was acknowledged, all of it: nothing reads the source pages any more.
 void PrefillCall::SealWhenComplete() {
-  const uint32_t pieces = static_cast<uint32_t>(layers()) * static_cast<uint32_t>(num_pages_);
+  const auto pages = static_cast<uint32_t>(num_pages_ - first_page_);
+  const uint32_t pieces = static_cast<uint32_t>(layers()) * pages;
   if (!token_sent_ || pieces_written_ != pieces || digests_pending_ > 0) return;
   rpc::PrefillEvent message;
   rpc::PrefillEvent::Seal* seal = message.mutable_seal();
   seal->set_bytes(uint64_t{pieces} * context_->layout.piece_bytes());
   seal->set_pieces(pieces);
   seal->set_layers(static_cast<uint32_t>(layers()));
-  seal->set_pages(static_cast<uint32_t>(num_pages_));
+  seal->set_pages(pages);
   seal->set_digest(digest_);
   writer_.Push(std::move(message));
   ticket_.MoveTo(TicketState::kSealed);
@@ -355,7 +367,7 @@ void PrefillCall::End(const Status& status) {
       fenced_ = true;
       ReleaseWhenDrained();
     } else {
-      context_->transfer->CancelWrites(peer_, ticket_id_, [self = shared_from_this()] {
+      context_->transfer->Cancel(peer_, ticket_id_, [self = shared_from_this()] {
         self->context_->control.Post([self] {
           self->fenced_ = true;
           self->ReleaseWhenDrained();

@@ -94,7 +94,8 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
     if (writer_.idle()) {
       rpc::WorkerState state = StateOf(*context_);
       std::string bytes = state.SerializeAsString();
-      if (bytes != said_ || Now() - said_at_ >= kSayEvery) {
+      const bool cache_changed = AddCacheChanges(&state);
+      if (cache_changed || bytes != said_ || Now() - said_at_ >= kSayEvery) {
         said_ = std::move(bytes);
         said_at_ = Now();
         writer_.Push(std::move(state));
@@ -105,11 +106,24 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
     });
   }
 
+  // What the watcher does not know yet of the prefix cache; false if nothing. Its first state always has
+  // some.
+  bool AddCacheChanges(rpc::WorkerState* state) {
+    const engine::CacheChanges changes = context_->engine->CacheChangesSince(cache_position_);
+    cache_position_ = changes.next;
+    if (!changes.reset && changes.added.empty() && changes.removed.empty()) return false;
+    state->mutable_cache()->set_reset(changes.reset);
+    state->mutable_cache()->mutable_added()->Assign(changes.added.begin(), changes.added.end());
+    state->mutable_cache()->mutable_removed()->Assign(changes.removed.begin(), changes.removed.end());
+    return true;
+  }
+
   WorkerContext* const context_;
   const ActiveGuard active_;
   std::shared_ptr<WatchCall> self_;  // gRPC's share
   StreamWriter<rpc::WorkerState> writer_;
-  std::string said_;  // serialised
+  std::string said_;  // serialised, without the cache
+  uint64_t cache_position_ = 0;
   TimePoint said_at_;
   bool ended_ = false;
   Status outcome_;

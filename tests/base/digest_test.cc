@@ -19,6 +19,22 @@ TEST(Crc32c, ChainsOverAnySplit) {
   }
 }
 
+// The wide path begins at 256 bytes and has steps of 256, 64 and 1: every length around them, against the
+// definition.
+TEST(Crc32c, EqualsTheDefinitionForEveryLength) {
+  std::string text;
+  uint32_t crc = ~uint32_t{0};
+  for (size_t size = 0; size < 1500; ++size) {
+    EXPECT_EQ(Crc32c(AsBytes(text)), ~crc) << size;
+    EXPECT_EQ(Crc32c(AsBytes(text), 0x1234),
+              Crc32c(AsBytes(text.substr(7 < size ? 7 : size)), Crc32c(AsBytes(text.substr(0, 7)), 0x1234)));
+    const auto next = static_cast<unsigned char>(size * 31 + (size >> 3));
+    text.push_back(static_cast<char>(next));
+    crc ^= next;
+    for (int bit = 0; bit < 8; ++bit) crc = (crc & 1U) != 0 ? (crc >> 1) ^ 0x82f63b78U : crc >> 1;
+  }
+}
+
 TEST(Xxh3, DependsOnContentAndSeed) {
   EXPECT_NE(Xxh3(AsBytes("a")), Xxh3(AsBytes("b")));
   EXPECT_NE(Xxh3(AsBytes("a"), 1), Xxh3(AsBytes("a"), 2));

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -81,9 +82,15 @@ class Process:
 
 
 def free_port(host="127.0.0.1"):
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, from below the range that the system gives to connections: those take one at any time."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                port = random.randrange(20000, 32000)
+                probe.bind((host, port))
+                return port
+            except OSError:
+                continue
 
 
 def start_all(starts):

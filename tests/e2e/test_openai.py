@@ -59,7 +59,9 @@ def test_usage_in_the_stream(client, name):
     fields = dict(model=name, messages=QUESTION, max_tokens=7, temperature=0)
     usage = client.chat.completions.create(**fields).usage
     chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
-    assert chunks[-1].choices == [] and chunks[-1].usage == usage
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.model_dump(exclude={"prompt_tokens_details"}) == usage.model_dump(
+        exclude={"prompt_tokens_details"})  # the second time more is cached
     assert all(chunk.usage is None and chunk.choices for chunk in chunks[:-1])
     running = list(client.chat.completions.create(
         **fields, stream=True, stream_options={"include_usage": True},

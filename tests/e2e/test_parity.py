@@ -102,7 +102,9 @@ def kv_bytes_per_token(model):
 def test_disaggregated_over_tcp(aggregated, logs, long_model, make_prompt, rails):
     directory = logs / f"rails-{rails}"
     directory.mkdir()
-    cluster = harness.Cluster(directory, long_model, rails=[f"127.0.0.{i + 1}" for i in range(rails)], worker_args=CHUNK)
+    # Without the prefix cache, so that every token of every prompt has to cross. tests/e2e/test_cache.py has it on.
+    cluster = harness.Cluster(directory, long_model, rails=[f"127.0.0.{i + 1}" for i in range(rails)],
+                              worker_args=[*CHUNK, "--prefix-cache", "off"])
     try:
         check(answer_all(cluster.address, make_prompt), aggregated[1])
         # The prompts were computed on one side only, and their KV crossed.

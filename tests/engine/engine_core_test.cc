@@ -4,11 +4,13 @@
 #include "engine/core/engine_core.h"
 
 #include <gtest/gtest.h>
+#include <malloc.h>
 
 #include <algorithm>
 #include <map>
 
 #include "tests/engine/fake_backend.h"
+#include "tests/engine/fake_page_file.h"
 #include "tests/engine/recording_sink.h"
 
 namespace millrace::engine {
@@ -22,16 +24,18 @@ struct LiveRequest {
   std::shared_ptr<Recording> recording;
   FakeAnswer expected;
   int32_t pages_asked = 0;
-  std::shared_ptr<std::vector<PageId>> granted =
-      std::make_shared<std::vector<PageId>>();  // shared with callbacks
-  bool import_over = false;                     // finished or given up
+  std::shared_ptr<GrantedPages> granted = std::make_shared<GrantedPages>();  // shared with callbacks
+  bool import_over = false;                                                  // finished or given up
   bool first_skipped = false;
 };
 
 class RandomEngine {
  public:
   explicit RandomEngine(uint64_t seed)
-      : random_(seed << 40), backend_(kPages), core_(Options(&clock_), &backend_) {}
+      : random_(seed << 40),
+        backend_(kPages),
+        core_(Options(&clock_, seed % 5 == 0), &backend_,
+              std::make_unique<FakePageFile>(FakeLayout(1).page_bytes(), 9, seed, &faults_)) {}
 
   void Step() {
     if (!core_.Prepare()) return;
@@ -89,12 +93,14 @@ class RandomEngine {
   int32_t answered() const { return answered_; }
 
  private:
-  static EngineOptions Options(const Clock* clock) {
+  static EngineOptions Options(const Clock* clock, bool speculate) {
     EngineOptions options;
     options.batch_tokens_max = 128;
     options.running_max = 6;
     options.num_vocabulary_tokens = kFakeVocabularyTokens;
     options.clock = clock;
+    options.speculate = speculate;
+    options.host_tier_bytes = 5 * FakeLayout(1).page_bytes();
     return options;
   }
 
@@ -104,6 +110,14 @@ class RandomEngine {
     request.id = next_id_++;
     request.prompt.resize(1 + random_.Below(random_.Below(4) == 0 ? 500 : 100));
     for (int32_t& token : request.prompt) token = static_cast<int32_t>(random_.Below(kFakeVocabularyTokens));
+    // Half of the prompts begin like others, some go on where an earlier answer ended.
+    if (random_.Below(2) == 0) {
+      Random shared(random_.Below(3));
+      const size_t length = std::min<size_t>(request.prompt.size(), 64 * (1 + random_.Below(4)));
+      for (size_t i = 0; i < length; ++i)
+        request.prompt[i] = static_cast<int32_t>(shared.Below(kFakeVocabularyTokens));
+    }
+    request.cache_salt = random_.Below(8) == 0 ? "salt" : "";
     request.output.resize(random_.Below(3));
     request.sampling.max_tokens = 3 + static_cast<int32_t>(random_.Below(random_.Below(2) == 0 ? 400 : 60));
     request.sampling.seed = random_.Next();
@@ -114,7 +128,8 @@ class RandomEngine {
     live.expected = ExpectedAnswer(request);
     const bool is_prefill = live.role == SequenceRole::kPrefill;
     live.recording = std::make_shared<Recording>(static_cast<int32_t>(request.output.size()), is_prefill);
-    ASSERT_EQ(CheckRequest(request, Options(&clock_), backend_.config(), backend_.kv_layout()), OkStatus());
+    ASSERT_EQ(CheckRequest(request, Options(&clock_, false), backend_.config(), backend_.kv_layout()),
+              OkStatus());
     auto sink = std::make_unique<RecordingSink>(live.recording);
     PrefillSink* const prefill_sink = is_prefill ? sink.get() : nullptr;
     core_.Submit(live.role, request, std::move(sink), prefill_sink);
@@ -130,11 +145,14 @@ class RandomEngine {
       const int32_t count =
           1 + static_cast<int32_t>(random_.Below(static_cast<uint64_t>(needed - live->pages_asked)));
       live->pages_asked += count;
-      core_.Grant(live->request.id, count, [granted = live->granted](StatusOr<std::vector<PageId>> pages) {
-        if (pages.ok()) granted->insert(granted->end(), pages->begin(), pages->end());
+      core_.Grant(live->request.id, count, [granted = live->granted](StatusOr<GrantedPages> pages) {
+        if (!pages.ok()) return;
+        if (granted->pages.empty()) granted->first_page = pages->first_page;
+        granted->pages.insert(granted->pages.end(), pages->pages.begin(), pages->pages.end());
       });
-    } else if (static_cast<int32_t>(live->granted->size()) == needed) {
-      FakePrefill(backend_.kv_layout(), backend_.kv_memory(), tokens, *live->granted);
+    } else if (live->granted->first_page + static_cast<int32_t>(live->granted->pages.size()) == needed) {
+      FakePrefill(backend_.kv_layout(), backend_.kv_memory(), tokens, live->granted->pages,
+                  live->granted->first_page);
       live->import_over = true;
       live->first_skipped = random_.Below(2) == 0;
       const bool ends = live->expected.tokens.size() == 1;
@@ -168,25 +186,47 @@ class RandomEngine {
   Random random_;
   FakeClock clock_;
   FakeBackend backend_;
+  FileFaults faults_ = {.late_percent = 50, .fail_percent = 3, .corrupt_percent = 3};
   EngineCore core_;
   RequestId next_id_ = 1;
   std::map<RequestId, LiveRequest> live_;
   int32_t answered_ = 0;
 };
 
+// In all 10^5; a fifth of them under the sanitizers, which take ten times as long.
+#ifdef MILLRACE_SANITIZED
+constexpr int kOperationsPerSeed = 2'000;
+#else
+constexpr int kOperationsPerSeed = 10'000;
+#endif
+// Of what 10^5 operations bring at least.
+constexpr uint64_t Share(uint64_t count) { return count * kOperationsPerSeed / 10'000; }
+
 TEST(EngineCore, KeepsItsAccountsUnderRandomOperations) {
-  uint64_t preemptions = 0;
+  uint64_t preemptions = 0, found = 0, loaded = 0, fetched = 0, accepted = 0;
   int32_t answered = 0;
-  for (uint64_t seed = 1; seed <= 4; ++seed) {
+  size_t bytes_early = 0;
+  for (uint64_t seed = 1; seed <= 10; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     RandomEngine engine(seed);
-    for (int i = 0; i < 5000 && !::testing::Test::HasFailure(); ++i) engine.RandomOperation();
+    for (int i = 0; i < kOperationsPerSeed && !::testing::Test::HasFailure(); ++i) engine.RandomOperation();
     engine.Finish();
     preemptions += engine.Stats().preemptions;
+    found += engine.Stats().cache_found_tokens;
+    loaded += engine.Stats().tiers.loaded;
+    accepted += engine.Stats().accepted_tokens;
+    fetched += engine.Stats().tiers.fetched;
     answered += engine.answered();
+    if (seed == 2) bytes_early = mallinfo2().uordblks;
   }
-  EXPECT_GT(preemptions, 10u) << "the pool was too large to test anything";
-  EXPECT_GT(answered, 200);
+  // Whatever grows with the number of operations would have grown fivefold since.
+  EXPECT_LT(mallinfo2().uordblks, bytes_early + (64 << 10));
+  EXPECT_GT(preemptions, Share(10)) << "the pool was too large to test anything";
+  EXPECT_GT(answered, static_cast<int32_t>(Share(200)));
+  EXPECT_GT(found, Share(5'000)) << "the cache was not used";
+  EXPECT_GT(loaded, Share(100));
+  EXPECT_GT(accepted, Share(500));
+  EXPECT_GT(fetched, Share(20)) << "the file was not used";
 }
 
 TEST(EngineCore, ImportsThatShareThePoolAllComplete) {
@@ -209,9 +249,8 @@ TEST(EngineCore, ImportsThatShareThePoolAllComplete) {
   }
   for (int page = 0; page < 6; ++page) {
     for (RequestId id = 1; id <= kImports; ++id) {
-      core.Grant(id, 1, [&count = granted[id]](StatusOr<std::vector<PageId>> pages) {
-        count += pages.ok() ? 1 : 0;
-      });
+      core.Grant(id, 1,
+                 [&count = granted[id]](StatusOr<GrantedPages> pages) { count += pages.ok() ? 1 : 0; });
       EXPECT_FALSE(core.Prepare());  // later arrivals rank higher and find pages taken
     }
   }

@@ -311,9 +311,24 @@ TEST(Engine, BackendErrorEndsEveryRequest) {
   EXPECT_FALSE(engine.engine->MakingProgress(std::chrono::hours(1)));
 }
 
+TEST(Engine, TakesTheTokensThatTheBackendDraws) {
+  TestEngine engine(40);
+  engine.backend->DrawGreedyTokens();
+  EngineRequest greedy = Request(1, 70, 30), masked = Request(2, 70, 30), warm = Request(3, 70, 30);
+  greedy.sampling.temperature = masked.sampling.temperature = 0;
+  masked.sampling.ignore_eos = false;
+  masked.sampling.min_tokens = 20;  // only Sample masks end tokens
+  const auto first = engine.Generate(greedy);
+  const auto second = engine.Generate(masked);
+  const auto third = engine.Generate(warm);
+  ExpectAnswer(greedy, *first);
+  ExpectAnswer(masked, *second);
+  ExpectAnswer(warm, *third);
+}
+
 TEST(Engine, DestructionCancelsWhatIsLeft) {
   std::vector<std::shared_ptr<Recording>> recordings;
-  std::future<StatusOr<std::vector<PageId>>> grant;
+  std::future<StatusOr<GrantedPages>> grant;
   {
     EngineOptions options = Options();
     options.running_max = 1;

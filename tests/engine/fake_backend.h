@@ -1,10 +1,11 @@
 #pragma once
 // A pseudo-model whose tokens depend on every byte of a sequence's KV: a page mixed up, a position off by one
-// or a row that was never written changes the answer. Two computed layers and an MTP layer that is always
-// left alone. It computes in memory of its own, like a device: what crosses to and from kv_memory() crosses
-// as backend.h says, or the answer is wrong.
+// or a row that was never written changes the answer. Two computed layers and an MTP layer that guesses right
+// three times of four. It computes in memory of its own, like a device: what crosses to and from kv_memory()
+// crosses as backend.h says, or the answer is wrong.
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -78,17 +79,36 @@ inline void FakeLayer(const KvLayout& layout, std::span<std::byte> memory, int32
   }
 }
 
-inline uint64_t FakeOutputState(const KvLayout& layout, std::span<const std::byte> memory,
-                                const Segment& segment) {
-  const int32_t end = segment.position + static_cast<int32_t>(segment.tokens.size());
+inline size_t FakeRow(const KvLayout& layout, std::span<const PageId> pages, int32_t layer, int32_t at) {
+  return layout.piece_offset(layer, pages[static_cast<size_t>(at / kPageTokens)]) +
+         layout.row_offset(0, 0, at % kPageTokens);
+}
+
+// Over the first `end` rows of a layer, as the layer above sees them after the last one.
+inline uint64_t FakeState(const KvLayout& layout, std::span<const std::byte> memory,
+                          std::span<const PageId> pages, int32_t layer, int32_t end) {
+  const size_t value = layout.row_offset(1, 0, 0) - layout.row_offset(0, 0, 0);
   uint64_t state = 0;
   for (int32_t at = 0; at < end; ++at) {
-    const size_t piece =
-        layout.piece_offset(kFakeLayers - 1, segment.pages[static_cast<size_t>(at / kPageTokens)]);
-    state = FakeFold(state, FakeRead(memory, piece + layout.row_offset(0, 0, at % kPageTokens)),
-                     FakeRead(memory, piece + layout.row_offset(1, 0, at % kPageTokens)));
+    const size_t row = FakeRow(layout, pages, layer, at);
+    state = FakeFold(state, FakeRead(memory, row), FakeRead(memory, row + value));
   }
   return state;
+}
+
+// A row's final hidden state as floats, 16 bits in each, and back.
+inline constexpr int32_t kFakeHidden = 4;
+inline void FakeHidden(uint64_t state, std::vector<float>* hidden) {
+  for (int i = 0; i < kFakeHidden; ++i) hidden->push_back(static_cast<float>(state >> (16 * i) & 0xffff));
+}
+inline uint64_t FakeHiddenState(std::span<const float> hidden) {
+  uint64_t state = 0;
+  for (size_t i = 0; i < kFakeHidden; ++i) state |= static_cast<uint64_t>(hidden[i]) << (16 * i);
+  return state;
+}
+// What the MTP layer keeps of a row: its state and the token after it.
+inline uint64_t FakeMtpKey(uint64_t state, uint64_t next_first_key) {
+  return Mix64(state ^ next_first_key << 1);
 }
 
 inline KvLayout FakeLayout(int32_t num_pages) {
@@ -107,6 +127,7 @@ inline ModelConfig FakeConfig() {
   config.num_mtp_layers = 1;
   config.max_position = kFakeContext;
   config.vocab_size = kFakeVocabSize;
+  config.hidden_size = kFakeHidden;
   config.eos_token_ids = {kFakeEos};
   return config;
 }
@@ -155,13 +176,59 @@ class FakeBackend final : public Backend {
       layer_done(layer);
     }
     logits_.clear();
+    hidden_.clear();
     for (const Segment& segment : batch.segments) {
-      MR_CHECK(segment.num_logits <= 1);
-      if (segment.num_logits == 1) FakeLogits(FakeOutputState(layout_, device_, segment), &logits_);
+      const auto end = segment.position + static_cast<int32_t>(segment.tokens.size());
+      for (int32_t at = end - segment.num_logits; at < end; ++at) {
+        const uint64_t state = FakeState(layout_, device_, segment.pages, kFakeLayers - 1, at + 1);
+        FakeLogits(state, &logits_);
+        FakeHidden(state, &hidden_);
+      }
+      for (size_t i = 0; i < segment.next_tokens.size(); ++i) {
+        const int32_t at = segment.position + static_cast<int32_t>(i);
+        if (segment.next_tokens[i] < 0) continue;
+        WriteMtp(segment.pages, at, FakeState(layout_, device_, segment.pages, kFakeLayers - 1, at + 1),
+                 segment.next_tokens[i]);
+      }
+      if (segment.exported) CopyLayer(device_, memory_, kFakeLayers, Written(segment));
     }
-    return StepOutput{logits_, {}};
+    StepOutput output;
+    output.logits = logits_;
+    output.hidden = hidden_;
+    if (draws_.load()) DrawGreedy(batch, &output);
+    return output;
   }
 
+  StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments) override {
+    logits_.clear();
+    for (const MtpSegment& segment : segments) {
+      int32_t at = segment.position;
+      for (size_t i = 0; i < segment.next_tokens.size(); ++i, ++at) {
+        const uint64_t state = FakeHiddenState(segment.hidden.subspan(i * kFakeHidden, kFakeHidden));
+        MR_CHECK(state == FakeState(layout_, device_, segment.pages, kFakeLayers - 1, at + 1),
+                 "the hidden state of row {} is that of another", at);
+        WriteMtp(segment.pages, at, state, segment.next_tokens[i]);
+      }
+      CheckMtpRows(segment.pages, at - 1);
+      // The next token's rows, as the main model will compute them.
+      uint64_t states[kFakeLayers];
+      uint64_t key = FakeFirstKey(segment.next_tokens.back(), at);
+      for (int32_t layer = 0; layer < kFakeLayers; ++layer) {
+        states[layer] =
+            FakeFold(FakeState(layout_, device_, segment.pages, layer, at), key, FakeValue(key, layer));
+        key = FakeNextKey(states[layer], layer + 1);
+      }
+      const uint64_t state = states[kFakeLayers - 1];
+      FakeLogits(Mix64(state) % 4 == 0 ? state + 1 : state, &logits_);
+    }
+    return std::span<const float>(logits_);
+  }
+  // Rows of the MTP layer that ForwardMtp found other than they must be. The last row of a page may have been
+  // computed for another continuation of the same text and does not count.
+  int32_t wrong_mtp_rows() const { return wrong_mtp_rows_; }
+
+  // Test thread. Greedy tokens are drawn here from now on, and their logits spoilt.
+  void DrawGreedyTokens() { draws_.store(true); }
   // Test thread. From now on a Forward stops at its start until let through.
   void Close() {
     std::lock_guard lock(mutex_);
@@ -201,6 +268,21 @@ class FakeBackend final : public Backend {
     changed_.notify_all();
   }
 
+  void DrawGreedy(const Batch& batch, StepOutput* output) {
+    drawn_.clear();
+    for (const Segment& segment : batch.segments) {
+      for (int32_t i = 1; i < segment.num_logits; ++i) drawn_.push_back(-1);
+      if (segment.num_logits == 0) continue;
+      const auto row = std::span(logits_).subspan(drawn_.size() * kFakeVocabSize, kFakeVocabSize);
+      drawn_.push_back(-1);
+      if (!segment.draw.has_value() || segment.draw->temperature > 0) continue;
+      const auto drawable = row.first(static_cast<size_t>(segment.draw->num_tokens));
+      drawn_.back() =
+          static_cast<int32_t>(std::max_element(drawable.begin(), drawable.end()) - drawable.begin());
+      std::fill(row.begin(), row.end(), 0.0f);
+    }
+    output->drawn = drawn_;
+  }
   Status CopyFailure() const {
     std::lock_guard lock(mutex_);
     return copy_failure_;
@@ -219,14 +301,37 @@ class FakeBackend final : public Backend {
   }
 
   void Check(const Batch& batch) const {
-    std::set<PageId> pages;
+    std::set<PageId> read, written;
     for (const Segment& segment : batch.segments) {
       MR_CHECK(!segment.tokens.empty());
       MR_CHECK(segment.pages.size() * kPageTokens >=
                static_cast<size_t>(segment.position) + segment.tokens.size());
-      for (const PageId page : segment.pages)
-        MR_CHECK(pages.insert(page).second, "page {} in two places", page);
+      // What is computed already may be shared; what is written is the segment's own.
+      for (size_t i = 0; i < segment.pages.size(); ++i) {
+        const bool is_read = (i + 1) * kPageTokens <= static_cast<size_t>(segment.position);
+        if (is_read) {
+          read.insert(segment.pages[i]);
+        } else {
+          MR_CHECK(written.insert(segment.pages[i]).second, "page {} in two places", segment.pages[i]);
+        }
+      }
       if (segment.num_logits == 0) MR_CHECK(segment.tokens.size() % kPageTokens == 0);
+    }
+    for (const PageId page : written)
+      MR_CHECK(!read.contains(page), "page {} is written to and shared", page);
+  }
+
+  void WriteMtp(std::span<const PageId> pages, int32_t at, uint64_t state, int32_t next_token) {
+    FakeWrite(device_, FakeRow(layout_, pages, kFakeLayers, at),
+              FakeMtpKey(state, FakeFirstKey(next_token, at + 1)));
+  }
+  void CheckMtpRows(std::span<const PageId> pages, int32_t end) {
+    for (int32_t at = 0; at < end; ++at) {
+      if (at % kPageTokens == kPageTokens - 1) continue;
+      const uint64_t next = FakeRead(device_, FakeRow(layout_, pages, 0, at + 1));
+      const uint64_t state = FakeState(layout_, device_, pages, kFakeLayers - 1, at + 1);
+      if (FakeRead(device_, FakeRow(layout_, pages, kFakeLayers, at)) != FakeMtpKey(state, next))
+        ++wrong_mtp_rows_;
     }
   }
 
@@ -235,6 +340,10 @@ class FakeBackend final : public Backend {
   std::vector<std::byte> device_;
   std::vector<std::byte> memory_;  // its mirror
   std::vector<float> logits_;
+  std::vector<float> hidden_;
+  int32_t wrong_mtp_rows_ = 0;  // engine thread
+  std::vector<int32_t> drawn_;
+  std::atomic<bool> draws_{false};
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
@@ -245,13 +354,24 @@ class FakeBackend final : public Backend {
   std::vector<std::pair<int32_t, size_t>> segments_;
 };
 
-// The KV of `tokens` in `pages`, as the model itself would write it.
+// The KV of `tokens` from page `first_page` on in `pages`, as another worker would compute and send it.
 inline void FakePrefill(const KvLayout& layout, std::span<std::byte> memory, std::span<const int32_t> tokens,
-                        std::span<const PageId> pages) {
+                        std::span<const PageId> pages, int32_t first_page = 0) {
+  const KvLayout source = FakeLayout(PagesFor(static_cast<int64_t>(tokens.size())));
+  std::vector<std::byte> computed(source.total_bytes());
+  std::vector<PageId> table;
+  for (PageId page = 0; page < source.num_pages; ++page) table.push_back(page);
   Segment segment;
   segment.tokens = tokens;
-  segment.pages = pages;
-  for (int32_t layer = 0; layer < kFakeLayers; ++layer) FakeLayer(layout, memory, layer, segment);
+  segment.pages = table;
+  for (int32_t layer = 0; layer < kFakeLayers; ++layer) {
+    FakeLayer(source, computed, layer, segment);
+    for (size_t i = 0; i < pages.size(); ++i) {
+      std::memcpy(memory.data() + layout.piece_offset(layer, pages[i]),
+                  computed.data() + source.piece_offset(layer, first_page + static_cast<PageId>(i)),
+                  layout.piece_bytes());
+    }
+  }
 }
 
 struct FakeAnswer {

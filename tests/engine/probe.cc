@@ -2,13 +2,14 @@
 // reference. One request object per line of standard input, one answer object per line of standard output, in
 // order. Every answer has "ok"; a failure has "code" and "error" and changes nothing. Requests, by "op":
 //
-//   load        directory [precision isa threads num_pages batch_tokens_max logit_rows_max]
+//   load        directory [backend ("cpu" or "cuda") precision quantize weight_cache isa threads num_pages
+//               batch_tokens_max logit_rows_max]
 //               -> describe digest unused num_layers num_mtp_layers num_kv_layers vocab_size max_position
 //               eos_token_ids
 //   forward     segments: [{tokens position [num_logits pages next_tokens]}]
 //               -> logits mtp_logits (a list per row) layers (in the order in which their KV was done)
 //                  router (layer -> per row, the chosen experts in order of choice; the MTP layer is the
-//                  last) num_logits is 1 and pages are 0, 1, 2... when left out
+//                  last; CPU only) num_logits is 1 and pages are 0, 1, 2... when left out
 //   reset       -> KV memory zeroed
 //   load_tokenizer  directory -> size chat_format
 //   tokenize    text [parse_special] -> ids
@@ -24,7 +25,9 @@
 #include <vector>
 
 #include "base/json.h"
+#include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
+#include "engine/backend/cuda/cuda_backend.h"
 #include "engine/model/checkpoint.h"
 #include "engine/model/config.h"
 #include "engine/tokenizer/chat_format.h"
@@ -134,9 +137,12 @@ class Probe {
     MR_ASSIGN_OR_RETURN(const std::string directory, NeedString(request, "directory"));
     MR_ASSIGN_OR_RETURN(const std::optional<std::string> precision, GetString(request, "precision"));
     MR_ASSIGN_OR_RETURN(const std::optional<std::string> isa, GetString(request, "isa"));
+    MR_ASSIGN_OR_RETURN(const std::optional<std::string> quantize, GetString(request, "quantize"));
+    MR_ASSIGN_OR_RETURN(const std::optional<std::string> cache, GetString(request, "weight_cache"));
     CpuWeightsOptions weights_options;
     CpuBackendOptions options;
     MR_ASSIGN_OR_RETURN(weights_options.precision, ParsePrecision(precision.value_or("float32")));
+    MR_ASSIGN_OR_RETURN(weights_options.quantization, ParseQuantization(quantize.value_or("none")));
     MR_ASSIGN_OR_RETURN(options.isa, ParseIsa(isa.value_or("auto")));
     MR_ASSIGN_OR_RETURN(options.num_threads, IntOr(request, "threads", 1));
     MR_ASSIGN_OR_RETURN(options.num_pages, IntOr(request, "num_pages", 64));
@@ -150,14 +156,28 @@ class Probe {
     MR_ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(directory));
     std::vector<std::string> unused;
     MR_RETURN_IF_ERROR(CheckTensors(*checkpoint, &config, &unused));
-    MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights,
-                        LoadCpuWeights(*checkpoint, config, weights_options));
-    MR_ASSIGN_OR_RETURN(backend_, MakeCpuBackend(std::move(weights), options));
-    SetRouterTrace(*backend_, [this](int32_t layer, int32_t, std::span<const int32_t> experts) {
-      router_[std::to_string(layer)].push_back(experts);
-    });
+    const std::string digest = ModelDigest(*checkpoint, config);
+    weights_options.cache_directory = cache.value_or("");
+    weights_options.source_digest = digest + checkpoint->files_identity();
+    MR_ASSIGN_OR_RETURN(const std::optional<std::string> backend, GetString(request, "backend"));
+    if (backend.value_or("cpu") == "cuda") {
+      CudaBackendOptions cuda;
+      cuda.num_pages = options.num_pages;
+      cuda.batch_tokens_max = options.batch_tokens_max;
+      cuda.logit_rows_max = options.logit_rows_max;
+      cuda.with_mtp = true;
+      MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights, LoadCudaWeights(*checkpoint, config, {}));
+      MR_ASSIGN_OR_RETURN(backend_, MakeCudaBackend(std::move(weights), cuda));
+    } else {
+      MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights,
+                          LoadCpuWeights(*checkpoint, config, weights_options));
+      MR_ASSIGN_OR_RETURN(backend_, MakeCpuBackend(std::move(weights), options));
+      SetRouterTrace(*backend_, [this](int32_t layer, int32_t, std::span<const int32_t> experts) {
+        router_[std::to_string(layer)].push_back(experts);
+      });
+    }
     return Json{{"describe", backend_->Describe()},
-                {"digest", ModelDigest(*checkpoint, config)},
+                {"digest", digest},
                 {"unused", unused},
                 {"num_layers", config.num_layers},
                 {"num_mtp_layers", config.num_mtp_layers},
@@ -326,6 +346,9 @@ StatusOr<Json> AnswerLine(Probe& probe, const std::string& line) {
 }  // namespace millrace::engine
 
 int main() {
+  millrace::LogOptions log;
+  log.level = "warn";
+  if (!millrace::ConfigureLog(log).ok()) return 1;  // stderr: stdout is for answers
   millrace::engine::Probe probe;
   std::string line;
   while (std::getline(std::cin, line)) {

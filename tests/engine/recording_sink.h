@@ -29,6 +29,8 @@ class Recording {
     EXPECT_FALSE(ended_) << "a token after the end";
     EXPECT_EQ(event.index, next_index_);
     ++next_index_;
+    if (tokens_.empty()) cached_tokens_ = event.cached_tokens;
+    mtp_hidden_ = event.mtp_hidden;
     tokens_.push_back(event.token.token);
     finish_ = event.finish;
     ended_ = is_prefill_ || event.finish != FinishReason::kNone;
@@ -65,6 +67,8 @@ class Recording {
   void SkipIndex() { ++next_index_; }  // before submission: a token that the engine will not say
   std::vector<int32_t> tokens() const { return Locked(tokens_); }
   std::vector<LayerEvent> layers() const { return Locked(layers_); }
+  std::vector<float> mtp_hidden() const { return Locked(mtp_hidden_); }
+  int32_t cached_tokens() const { return Locked(cached_tokens_); }
   FinishReason finish() const { return Locked(finish_); }
   Status status() const { return Locked(status_); }
   bool ended() const { return Locked(ended_); }
@@ -82,6 +86,8 @@ class Recording {
   const bool is_prefill_;
   std::vector<int32_t> tokens_;
   std::vector<LayerEvent> layers_;
+  int32_t cached_tokens_ = -1;
+  std::vector<float> mtp_hidden_;
   FinishReason finish_ = FinishReason::kNone;
   Status status_;
   bool ended_ = false;

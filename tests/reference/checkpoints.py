@@ -78,6 +78,8 @@ def base_config(variant):
         if variant == "v1-wide-head":  # a head dimension that is no power of two, and the other names of two keys
             config.update(hidden_size=144, num_attention_heads=3, num_key_value_heads=1)
             config["n_routed_experts"], config["n_shared_experts"] = config.pop("num_experts"), config.pop("num_shared_experts")
+        if variant == "v1-head-96":  # Ling-plus's head dimension
+            config.update(hidden_size=192, num_attention_heads=2, num_key_value_heads=1)
         return config
     config.update(num_shared_experts=1, head_dim=32, first_k_dense_replace=1, n_group=4, topk_group=2,
                   score_function="sigmoid", moe_router_enable_expert_bias=True, routed_scaling_factor=2.5,
@@ -88,8 +90,11 @@ def base_config(variant):
         config.update(rotary_dim=16, first_k_dense_replace=2)
     if variant == "v2-yarn":
         config["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    if variant == "v2-fp8-whole":  # whole blocks: what released checkpoints have, and what a GPU keeps as it is
+        config.update(hidden_size=256, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128)
     if variant == "v2-fp8":
         config.update(hidden_size=192, moe_intermediate_size=144, moe_shared_expert_intermediate_size=144)
+    if variant.startswith("v2-fp8"):
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                                          "weight_block_size": [128, 128]}
     return config

@@ -121,6 +121,7 @@ TEST_F(ApiRequestTest, RefusesChatFieldsByName) {
       {R"("ignore_eos":1)", "ignore_eos"},
       {R"("skip_special_tokens":0)", "skip_special_tokens"},
       {R"("priority":1001)", "priority"},
+      {R"("cache_salt":7)", "cache_salt"},
       {R"("timeout":0)", "timeout"},
       {R"("tools":[])", "tools"},
       {R"("tools":[{"type":"function"}])", "tools[0]"},
@@ -237,7 +238,7 @@ TEST_F(ApiRequestTest, ReadsEveryField) {
       R"("presence_penalty":0.2,"frequency_penalty":-0.3,"seed":-1,"max_completion_tokens":9,"max_tokens":4,"min_tokens":2,)"
       R"("stop":["a","bc"],"stop_token_ids":[3],"logit_bias":{"5":-100},"logprobs":true,"top_logprobs":3,"stream":true,)"
       R"("stream_options":{"include_usage":true,"continuous_usage_stats":true},"ignore_eos":true,)"
-      R"("skip_special_tokens":false,"priority":-2,"timeout":1.5,"user":"u","made_up":1)");
+      R"("skip_special_tokens":false,"priority":-2,"cache_salt":"s","timeout":1.5,"user":"u","made_up":1)");
   ASSERT_TRUE(request.ok()) << request.error().message;
   EXPECT_FLOAT_EQ(request->sampling.temperature, 0.5F);
   EXPECT_FLOAT_EQ(request->sampling.top_p, 0.9F);
@@ -259,6 +260,7 @@ TEST_F(ApiRequestTest, ReadsEveryField) {
   EXPECT_TRUE(request->sampling.ignore_eos);
   EXPECT_FALSE(request->skip_special_tokens);
   EXPECT_EQ(request->priority, -2);
+  EXPECT_EQ(request->cache_salt, "s");
   EXPECT_DOUBLE_EQ(request->timeout_seconds.value_or(0), 1.5);
   EXPECT_THAT(request->unknown_fields, ElementsAre("made_up"));
 }

@@ -37,6 +37,8 @@ class Answer : public GenerateObserver {
       ++phases_count_;
     } else {
       EXPECT_EQ(event.token().index(), first_index + static_cast<int32_t>(tokens_.size()));
+      if (tokens_.empty()) cached_tokens_ = event.token().cached_tokens();
+      EXPECT_EQ(event.token().mtp_hidden(), "") << "between workers only";
       tokens_.push_back(event.token().token());
     }
   }
@@ -55,6 +57,10 @@ class Answer : public GenerateObserver {
     std::lock_guard lock(mutex_);
     return tokens_;
   }
+  int32_t cached_tokens() {
+    std::lock_guard lock(mutex_);
+    return cached_tokens_;
+  }
   bool HasTokens(size_t count) { return tokens().size() >= count; }
   rpc::Phases phases() {
     std::lock_guard lock(mutex_);
@@ -70,6 +76,7 @@ class Answer : public GenerateObserver {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<int32_t> tokens_;
+  int32_t cached_tokens_ = -1;
   rpc::Phases phases_;
   int phases_count_ = 0;
   grpc::Status status_;

@@ -35,6 +35,7 @@ TEST(RequestFromProto, KeepsEveryField) {
   SamplingToProto(params, message.mutable_sampling());
   message.add_output(8);
   message.set_priority(-2);
+  message.set_cache_salt("salt");
   message.set_timeout_us(1'000'000);
   const TimePoint now(std::chrono::seconds(100));
   const auto request = RequestFromProto(message, 42, now);
@@ -43,6 +44,7 @@ TEST(RequestFromProto, KeepsEveryField) {
   EXPECT_EQ(request->prompt, std::vector<int32_t>{3});
   EXPECT_EQ(request->output, std::vector<int32_t>{8});
   EXPECT_EQ(request->priority, -2);
+  EXPECT_EQ(request->cache_salt, "salt");
   EXPECT_EQ(request->deadline, now + std::chrono::seconds(1));
   const engine::SamplingParams& got = request->sampling;
   EXPECT_EQ(std::tie(got.temperature, got.top_p, got.top_k, got.min_p, got.repetition_penalty,

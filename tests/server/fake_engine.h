@@ -46,6 +46,7 @@ class FakeEngine final : public engine::Engine {
   std::atomic<bool> grants_paused = false;
   std::atomic<bool> full = false;  // refuses new requests
   std::atomic<int32_t> first_token_shift = 0;
+  engine::CacheLog cache_log;
   std::atomic<int32_t> prefills = 0;  // begun here, for oneself or for others
 
   Status Generate(engine::EngineRequest request, std::unique_ptr<engine::TokenSink> sink) override {
@@ -63,7 +64,8 @@ class FakeEngine final : public engine::Engine {
     auto shared = std::make_shared<GrantCallback>(std::move(callback));
     thread_.Post([this, id, num_pages, shared] { TryGrant(id, num_pages, shared); });
   }
-  void FinishImport(engine::RequestId id, engine::SampledToken first, bool first_already_sent) override {
+  void FinishImport(engine::RequestId id, engine::SampledToken first, bool first_already_sent,
+                    std::vector<float> /*mtp_hidden*/) override {
     thread_.Post([this, id, first, first_already_sent] {
       if (Sequence* s = Find(id); s != nullptr) Joined(s, first.token, first_already_sent);
     });
@@ -92,6 +94,9 @@ class FakeEngine final : public engine::Engine {
   engine::EngineStats Stats() const override {
     std::lock_guard lock(mutex_);
     return stats_;
+  }
+  engine::CacheChanges CacheChangesSince(uint64_t position) const override {
+    return cache_log.Since(position);
   }
   bool MakingProgress(Duration) const override { return true; }
   const engine::ModelConfig& config() const override { return config_; }
@@ -187,7 +192,8 @@ class FakeEngine final : public engine::Engine {
     Hold(pages);
     s->pages.insert(s->pages.end(), pages.begin(), pages.end());
     tickets_[id].insert(tickets_[id].end(), pages.begin(), pages.end());
-    std::move (*callback)(std::move(pages));
+    const int32_t first_page = static_cast<int32_t>(s->pages.size() - pages.size());
+    std::move (*callback)(engine::GrantedPages{first_page, std::move(pages)});
   }
 
   // Prefill by chunks, then one token a step.

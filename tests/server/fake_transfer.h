@@ -56,19 +56,23 @@ class FakeTransfer final : public transfer::Transfer {
     peers_[id] = std::stoull(descriptor);
     return id;
   }
-  Status Write(transfer::PeerId peer, transfer::WriteRequest request, transfer::WriteDone done) override {
+  StatusOr<std::shared_ptr<transfer::IntentList>> Prepare(std::vector<transfer::Intent>) override {
+    return Unimplemented("nobody prepares here");
+  }
+  Status Submit(transfer::PeerId peer, transfer::Request request, transfer::RequestDone done) override {
     auto write = std::make_shared<Pending>(Pending{peer, std::move(request), std::move(done)});
     thread_.Post([this, write] { TryWrite(write); });
     return OkStatus();
   }
-  void CancelWrites(transfer::PeerId, transfer::TicketId ticket, transfer::TicketDone done) override {
+  void Cancel(transfer::PeerId, transfer::TicketId ticket, transfer::TicketDone done) override {
     auto shared = std::make_shared<transfer::TicketDone>(std::move(done));
     thread_.Post([this, ticket, shared] {
       cancelled_.push_back(ticket);
       std::move (*shared)();
     });
   }
-  StatusOr<transfer::TicketId> OpenTicket(uint64_t peer_epoch, std::vector<transfer::Range> ranges) override {
+  StatusOr<transfer::TicketId> OpenTicket(uint64_t peer_epoch, std::vector<transfer::Range> ranges,
+                                          transfer::Operation) override {
     std::lock_guard lock(Everybody().mutex);
     const transfer::TicketId id = RandomId();
     tickets_[id] = {peer_epoch, std::move(ranges)};
@@ -104,8 +108,8 @@ class FakeTransfer final : public transfer::Transfer {
  private:
   struct Pending {
     transfer::PeerId peer;
-    transfer::WriteRequest request;
-    transfer::WriteDone done;
+    transfer::Request request;
+    transfer::RequestDone done;
   };
   struct OpenedTicket {
     uint64_t epoch = 0;
@@ -148,15 +152,15 @@ class FakeTransfer final : public transfer::Transfer {
     for (const transfer::Intent& intent : write.request.intents) {
       if (!Granted(ticket->second, intent)) return PermissionDenied("range not granted");
       std::memcpy(to.regions_.at(intent.remote_region).data() + intent.remote_offset,
-                  regions_.at(intent.source.region).data() + intent.source.offset, intent.source.bytes);
-      to.bytes_received += static_cast<int>(intent.source.bytes);
+                  regions_.at(intent.local.region).data() + intent.local.offset, intent.local.bytes);
+      to.bytes_received += static_cast<int>(intent.local.bytes);
     }
     return OkStatus();
   }
   // Every byte of the intent lies in some granted range; ranges are small here, so byte runs are walked.
   static bool Granted(const OpenedTicket& ticket, const transfer::Intent& intent) {
     uint64_t at = intent.remote_offset;
-    const uint64_t end = at + intent.source.bytes;
+    const uint64_t end = at + intent.local.bytes;
     while (at < end) {
       const auto found =
           std::find_if(ticket.ranges.begin(), ticket.ranges.end(), [&](const transfer::Range& range) {

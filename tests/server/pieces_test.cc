@@ -32,11 +32,11 @@ TEST(LayerIntents, JoinOnlyWhatIsContiguousOnBothSides) {
   const std::vector<engine::PageId> source = {1, 2, 3, 4}, destination = {7, 8, 10, 11};
   const auto intents = LayerIntents(Layout(10), 1, source, Layout(20), 9, destination, 1);
   ASSERT_EQ(intents.size(), 2u);
-  EXPECT_EQ(intents[0].source.offset, (10 + 1) * kPiece);
-  EXPECT_EQ(intents[0].source.bytes, 2 * kPiece);
+  EXPECT_EQ(intents[0].local.offset, (10 + 1) * kPiece);
+  EXPECT_EQ(intents[0].local.bytes, 2 * kPiece);
   EXPECT_EQ(intents[0].remote_region, 9u);
   EXPECT_EQ(intents[0].remote_offset, (20 + 7) * kPiece);
-  EXPECT_EQ(intents[1].source.offset, (10 + 3) * kPiece);
+  EXPECT_EQ(intents[1].local.offset, (10 + 3) * kPiece);
   EXPECT_EQ(intents[1].remote_offset, (20 + 10) * kPiece);
 }
 
@@ -57,11 +57,11 @@ TEST(SequenceDigest, IsThatOfTheContentWhereverItLies) {
           LayerDigest(a, memory_a, std::span(pages_a).subspan(page, 1), layer, static_cast<int32_t>(page), 2);
     }
   }
-  EXPECT_EQ(SequenceDigest(b, memory_b, pages_b), sum);
+  EXPECT_EQ(SequenceDigest(b, memory_b, pages_b, 0), sum);
   const std::vector<engine::PageId> swapped = {8, 5};
-  EXPECT_NE(SequenceDigest(b, memory_b, swapped), sum);
+  EXPECT_NE(SequenceDigest(b, memory_b, swapped, 0), sum);
   memory_b[b.piece_offset(1, 8) + kPiece - 1] ^= std::byte{0x80};
-  EXPECT_NE(SequenceDigest(b, memory_b, pages_b), sum);
+  EXPECT_NE(SequenceDigest(b, memory_b, pages_b, 0), sum);
 }
 
 }  // namespace

@@ -84,6 +84,53 @@ TEST(PickRoute, LeavesOutIncompatiblePrefillWorkers) {
   EXPECT_EQ(Pick(workers, {.prompt_tokens = 100, .exclude = {"p6"}}).prefill, Addresses{});
 }
 
+TEST(PickRoute, WeighsTheCacheOfDecodeWorkersAgainstTheirLoad) {
+  struct Case {
+    const char* what;
+    int32_t cached;   // of 1000 tokens, on d2
+    int32_t running;  // there
+    const char* decode;
+  };
+  for (const Case& c : {Case{"nothing cached: the lower address", 0, 0, "d1"},
+                        Case{"some cached", 64, 0, "d2"}, Case{"all cached, one sequence more", 960, 1, "d2"},
+                        Case{"all cached, two sequences more", 960, 2, "d1"},
+                        Case{"half cached, one sequence more", 448, 1, "d1"}}) {
+    std::vector<WorkerSnapshot> workers = {Ready("d1", WorkerRole::kDecode),
+                                           Ready("d2", WorkerRole::kDecode)};
+    workers[1].cached_tokens = c.cached;
+    workers[1].running = c.running;
+    EXPECT_EQ(Pick(workers, {.prompt_tokens = 1000}).decode, c.decode) << c.what;
+  }
+}
+
+TEST(PickRoute, CachedPagesNeedNoRoom) {
+  std::vector<WorkerSnapshot> workers = {Ready("d1", WorkerRole::kDecode), Ready("d2", WorkerRole::kDecode)};
+  workers[0].pages_free = workers[1].pages_free = 4;
+  workers[1].cached_tokens = 896;
+  workers[1].running = 5;
+  EXPECT_EQ(Pick(workers, {.prompt_tokens = 1000}).decode, "d2") << "d1 would have to wait for pages";
+}
+
+TEST(PickRoute, PrefillWorkersWithTheLongestBeginningComeFirstUnlessTheyAreBusy) {
+  std::vector<WorkerSnapshot> workers = {Ready("d", WorkerRole::kDecode), Ready("p1", WorkerRole::kPrefill),
+                                         Ready("p2", WorkerRole::kPrefill),
+                                         Ready("p3", WorkerRole::kPrefill)};
+  for (auto& worker : workers) worker.prefill_tokens_per_second = 1000;
+  workers[2].cached_tokens = 512;
+  workers[3].cached_tokens = 960;
+  EXPECT_EQ(Pick(workers, {.prompt_tokens = 1000}).prefill, (Addresses{"p3", "p2", "p1"}));
+  workers[3].running = 1;  // a prompt ahead costs more than all that is cached saves
+  EXPECT_EQ(Pick(workers, {.prompt_tokens = 1000}).prefill, (Addresses{"p2", "p1", "p3"}));
+}
+
+TEST(PickRoute, PromptsThatAreNearlyAllThereStayOnTheDecodeWorker) {
+  std::vector<WorkerSnapshot> workers = {Ready("d", WorkerRole::kDecode), Ready("p", WorkerRole::kPrefill)};
+  const RouteRequest request = {.prompt_tokens = 1000, .local_prefill_tokens_max = 64};
+  EXPECT_EQ(Pick(workers, request).prefill, Addresses{"p"});
+  workers[0].cached_tokens = 960;
+  EXPECT_EQ(Pick(workers, request).prefill, Addresses{});
+}
+
 TEST(PickRoute, WorkersThatDoBothPrefillForDecodeWorkersOnly) {
   std::vector<WorkerSnapshot> workers = {Ready("a", WorkerRole::kDecode), Ready("b", WorkerRole::kBoth)};
   EXPECT_EQ(Pick(workers, {.prompt_tokens = 100}).prefill, Addresses{"b"});

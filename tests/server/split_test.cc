@@ -53,7 +53,9 @@ class HashBackend final : public engine::Backend {
       for (int32_t i = tokens - segment.num_logits; i < tokens; ++i)
         AppendLogits(segment, segment.position + i);
     }
-    return engine::StepOutput{logits_, {}};
+    engine::StepOutput output;
+    output.logits = logits_;
+    return output;
   }
 
  private:
@@ -126,6 +128,37 @@ TEST(Split, AnswersEqualThoseOfOneEngine) {
     EXPECT_EQ(split[i].answer->tokens(), whole[i].answer->tokens());
   }
   for (Node* node : {&alone, &decode, &prefill}) EXPECT_TRUE(Eventually([&] { return node->AllFree(); }));
+}
+
+// The second time, P computes only the end of the prompt and D takes only the pages that it lacks.
+TEST(Split, SecondTurnsComputeAndMoveWhatIsNew) {
+  Node alone(WorkerRole::kBoth), decode(WorkerRole::kDecode), prefill(WorkerRole::kPrefill);
+  rpc::GenerateRequest request = Prompt(300, 1, {prefill.worker->address()});
+  const auto ask = [&](int32_t cached_tokens) {
+    const Running split = Ask(decode.worker->address(), request);
+    EXPECT_TRUE(split.answer->Wait().ok());
+    rpc::GenerateRequest whole = request;
+    whole.clear_prefill();
+    whole.set_cache_salt("of its own " + std::to_string(cached_tokens));
+    const Running expected = Ask(alone.worker->address(), whole);
+    EXPECT_TRUE(expected.answer->Wait().ok());
+    EXPECT_EQ(split.answer->tokens(), expected.answer->tokens());
+    EXPECT_EQ(split.answer->cached_tokens(), cached_tokens);
+    EXPECT_EQ(expected.answer->cached_tokens(), 0);
+    return split.answer->tokens();
+  };
+  const std::vector<int32_t> answer = ask(0);
+  for (const int32_t token : answer) request.add_prompt(token);
+  for (int32_t i = 0; i < 100; ++i) request.add_prompt(i);
+  // D has the KV of all but the last token of its answer, P that of the prompt.
+  ask(static_cast<int32_t>(300 + answer.size() - 1) / 64 * 64);
+  // A P that knows nothing still sends only what D lacks.
+  Node other(WorkerRole::kPrefill);
+  request.set_prefill(0, other.worker->address());
+  ask(static_cast<int32_t>(request.prompt_size() - 1) / 64 * 64);
+  for (Node* node : {&alone, &decode, &prefill, &other}) {
+    EXPECT_TRUE(Eventually([&] { return node->AllFree(); }));
+  }
 }
 
 TEST(Split, MoreThanFitsWaitsItsTurn) {

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <thread>
 
+#include "engine/kv/page_keys.h"
 #include "server/router/membership.h"
 #include "tests/server/client.h"
 #include "tests/server/fake_engine.h"
@@ -400,6 +401,31 @@ TEST_F(WorkerTest, MembershipSeesWorkersComeAndGo) {
   decode.options.listen = address;
   decode.worker = *Worker::Start(decode.options, &decode.engine, &decode.transfer);
   EXPECT_TRUE(Eventually([&] { return membership->CanServe(); }));
+}
+
+TEST_F(WorkerTest, MembershipKnowsWhatIsCachedWhere) {
+  MembershipOptions options;
+  options.workers = {decode.address(), prefill.address()};
+  const auto membership = *Membership::Create(options);
+  const rpc::GenerateRequest request = Request(300);
+  const std::vector<int32_t> prompt(request.prompt().begin(), request.prompt().end());
+  std::vector<uint64_t> keys;
+  engine::ExtendPageKeys(engine::CacheRoot("digest", "salt"), prompt, &keys);
+  const auto cached = [&](const std::string& address, const std::string& salt) {
+    for (const WorkerSnapshot& worker : membership->Snapshot({prompt, salt})) {
+      if (worker.address == address && worker.connected) return worker.cached_tokens;
+    }
+    return -1;
+  };
+  decode.engine.cache_log.OnCached(keys[0]);  // before anybody watches
+  EXPECT_TRUE(Eventually([&] { return cached(decode.address(), "salt") == 64; }));
+  decode.engine.cache_log.OnCached(keys[1]);
+  decode.engine.cache_log.OnCached(keys[3]);  // of no use without the one before it
+  EXPECT_TRUE(Eventually([&] { return cached(decode.address(), "salt") == 128; }));
+  EXPECT_EQ(cached(decode.address(), "pepper"), 0);
+  EXPECT_EQ(cached(prefill.address(), "salt"), 0);
+  decode.engine.cache_log.OnForgotten(keys[0]);
+  EXPECT_TRUE(Eventually([&] { return cached(decode.address(), "salt") == 0; }));
 }
 
 TEST_F(WorkerTest, MeasuresThePrefillRate) {

@@ -21,7 +21,7 @@ class RawClient {
     v1::PeerDescriptor peer;
     EXPECT_TRUE(peer.ParseFromString(descriptor));
     epoch_ = peer.epoch();
-    const HostPort rail = *ParseHostPort(peer.rails(0));
+    const HostPort rail = *ParseHostPort(peer.rails(0).address());
     fd_ = UniqueFd(socket(AF_INET, SOCK_STREAM, 0));
     sockaddr_in address{};
     address.sin_family = AF_INET;

@@ -3,21 +3,60 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <future>
 #include <memory>
 #include <thread>
 #include <vector>
 
 #include "base/random.h"
+#include "transfer/tcp/interfaces.h"
 #include "transfer/transfer.h"
 
 namespace millrace::transfer {
+
+inline bool HasV6() {
+  const auto all = LocalAddresses();
+  return all.ok() && std::any_of(all->begin(), all->end(), [](const auto& a) { return a.host == "::1"; });
+}
 
 // The rails that a test runs over: 0 = within the process, n = TCP on 127.0.0.1 ... 127.0.0.n.
 inline Options RailOptions(int rails) {
   Options options;
   for (int i = 1; i <= rails; ++i) options.listen.push_back(fmt::format("127.0.0.{}:0", i));
   return options;
+}
+
+// What the conformance suite runs on.
+struct RailCase {
+  std::string name;                                             // of the test
+  Options options;                                              // of both sides
+  std::string skip;                                             // not empty: why it cannot run here
+  std::vector<std::string> receiver_include = options.include;  // where the sides differ
+};
+inline std::vector<RailCase> RailCases() {
+  // Set where there are RDMA devices: the patterns of the sender's and of the receiver's. Then only they are
+  // tested.
+  const char* const senders = std::getenv("MILLRACE_TEST_RDMA_SENDER");
+  const char* const receivers = std::getenv("MILLRACE_TEST_RDMA_RECEIVER");
+  if (senders != nullptr && receivers != nullptr) {
+    Options rdma = RailOptions(1);
+    rdma.kinds = {"rdma"};
+    rdma.include = {senders};
+    return {{"Rdma", rdma, "", {receivers}}};
+  }
+  Options v6;
+  v6.listen = {"[::1]:0"};
+  Options found;
+  found.listen = {"auto"};
+  found.include = {"lo"};
+  Options shm;
+  shm.kinds = {"shm"};
+  return {{"Local", RailOptions(0), ""}, {"Shm", shm, ""},
+          {"Tcp1", RailOptions(1), ""},  {"Tcp2", RailOptions(2), ""},
+          {"Tcp3", RailOptions(3), ""},  {"TcpV6", v6, HasV6() ? "" : "this host has no ::1"},
+          {"TcpAuto", found, ""}};
 }
 
 inline std::vector<std::byte> RandomBytes(size_t count, uint64_t seed) {
@@ -38,15 +77,15 @@ struct Side {
   RegionId region = 0;
 };
 
-// Submits and waits; the status of the submission or of the write.
-inline Status WriteAndWait(Transfer& transfer, PeerId peer, WriteRequest request) {
+// Submits and waits; the status of the submission or of the request.
+inline Status SubmitAndWait(Transfer& transfer, PeerId peer, Request request) {
   auto done = std::make_shared<std::promise<Status>>();
   auto future = done->get_future();
-  const Status status =
-      transfer.Write(peer, std::move(request), [done](Status result) { done->set_value(std::move(result)); });
+  const Status status = transfer.Submit(peer, std::move(request),
+                                        [done](Status result) { done->set_value(std::move(result)); });
   if (!status.ok()) return status;
   if (future.wait_for(std::chrono::seconds(30)) != std::future_status::ready)
-    return Internal("the write never ended");
+    return Internal("the request never ended");
   return future.get();
 }
 
@@ -70,11 +109,18 @@ bool Eventually(Condition condition, Duration within = std::chrono::seconds(10))
   return true;
 }
 
-inline WriteRequest OneIntent(TicketId ticket, RegionId source, uint64_t source_offset, uint64_t bytes,
-                              RegionId remote, uint64_t remote_offset) {
-  WriteRequest request;
+inline Request OneIntent(TicketId ticket, RegionId source, uint64_t source_offset, uint64_t bytes,
+                         RegionId remote, uint64_t remote_offset) {
+  Request request;
   request.ticket = ticket;
   request.intents.push_back({{source, source_offset, bytes}, remote, remote_offset});
+  return request;
+}
+
+inline Request OneRead(TicketId ticket, RegionId local, uint64_t local_offset, uint64_t bytes,
+                       RegionId remote, uint64_t remote_offset) {
+  Request request = OneIntent(ticket, local, local_offset, bytes, remote, remote_offset);
+  request.operation = Operation::kRead;
   return request;
 }
 

@@ -10,12 +10,12 @@ TEST(MemoryTable, ATicketDrainsWithItsLastPinAndOnlyOnce) {
   MemoryTable table;
   const RegionId region = table.Register(memory, true);
   const TicketId ticket = *table.Open(1, {{region, 0, 1000}});
-  ASSERT_TRUE(table.Admit(1, ticket, region, 0, 10).ok());
-  ASSERT_TRUE(table.Admit(1, ticket, region, 5, 10).ok());
+  ASSERT_TRUE(table.Admit(1, ticket, Operation::kWrite, region, 0, 10).ok());
+  ASSERT_TRUE(table.Admit(1, ticket, Operation::kWrite, region, 5, 10).ok());
   int drained = 0;
   table.Close(ticket, [&] { ++drained; });
   table.Close(ticket, [&] { ++drained; });
-  EXPECT_FALSE(table.Admit(1, ticket, region, 0, 10).ok());
+  EXPECT_FALSE(table.Admit(1, ticket, Operation::kWrite, region, 0, 10).ok());
   table.Unpin(ticket);
   EXPECT_EQ(drained, 0);
   EXPECT_EQ(table.Deregister(region).code(), absl::StatusCode::kFailedPrecondition);
@@ -51,7 +51,7 @@ TEST(MemoryTable, AdmitsExactlyWhatWasGranted) {
       const auto length = static_cast<uint32_t>(1 + random.Below(60));
       bool all = offset + length <= 256;
       for (uint64_t b = offset; all && b < offset + length; ++b) all = granted[b];
-      const auto admitted = table.Admit(1, ticket, region, offset, length);
+      const auto admitted = table.Admit(1, ticket, Operation::kWrite, region, offset, length);
       ASSERT_EQ(admitted.ok(), all) << "seed " << seed << " " << offset << "+" << length;
       if (all) {
         EXPECT_EQ(*admitted, memory.data() + offset);

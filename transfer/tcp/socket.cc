@@ -5,7 +5,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 
 #include <cerrno>
 #include <cstring>
@@ -92,39 +91,6 @@ Status SocketError(int fd) {
   socklen_t size = sizeof(error);
   getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size);
   return error == 0 ? OkStatus() : Unavailable("{}", Reason(error));
-}
-
-IoResult ReadSome(int fd, std::span<std::byte> data, size_t* count) {
-  *count = 0;
-  while (true) {
-    const ssize_t got = recv(fd, data.data(), data.size(), 0);
-    if (got > 0) {
-      *count = static_cast<size_t>(got);
-      return IoResult::kDone;
-    }
-    if (got == 0) return IoResult::kClosed;
-    if (errno == EINTR) continue;
-    return errno == EAGAIN || errno == EWOULDBLOCK ? IoResult::kWouldBlock : IoResult::kClosed;
-  }
-}
-
-IoResult WriteSome(int fd, std::span<const std::byte> first, std::span<const std::byte> second,
-                   size_t* count) {
-  *count = 0;
-  iovec parts[2] = {{const_cast<std::byte*>(first.data()), first.size()},
-                    {const_cast<std::byte*>(second.data()), second.size()}};
-  msghdr message{};
-  message.msg_iov = parts;
-  message.msg_iovlen = 2;
-  while (true) {
-    const ssize_t put = sendmsg(fd, &message, MSG_NOSIGNAL);
-    if (put >= 0) {
-      *count = static_cast<size_t>(put);
-      return IoResult::kDone;
-    }
-    if (errno == EINTR) continue;
-    return errno == EAGAIN || errno == EWOULDBLOCK ? IoResult::kWouldBlock : IoResult::kClosed;
-  }
 }
 
 }  // namespace millrace::transfer

@@ -1,88 +1,82 @@
 #pragma once
-// The sending end of one connection to a rail of a peer: connects, says Hello, sends slices from user memory,
-// takes answers, and connects again when it breaks. Transfer thread only.
+// The initiating end of one connection to a rail of a peer: says Hello, sends slices from user memory and
+// takes answers, asks for reads and lands them. Also the control session, which carries probes and the
+// messages of other kinds of rail. Transfer thread only.
 
-#include <deque>
+#include <memory>
 #include <string>
+#include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "base/net.h"
-#include "base/random.h"
-#include "transfer/event_loop.h"
-#include "transfer/path.h"
-#include "transfer/tcp/socket.h"
+#include "transfer/rail.h"
+#include "transfer/tcp/frame_stream.h"
 
 namespace millrace::transfer {
 
-class TcpPath : public Path {
+class TcpPath : public Path, public FrameStream::Handler {
  public:
-  enum class Purpose { kControl, kData };  // the control session carries only heartbeats
   struct Target {
-    std::string local_host;  // numeric; empty: any
-    HostPort remote;
-    uint64_t own_epoch = 0;
+    std::string local_host;         // numeric; empty: any
+    std::vector<HostPort> remotes;  // not empty; the control session tries one after the other
     uint64_t expected_epoch = 0;
-    Purpose purpose = Purpose::kData;
+    PathTraits traits;
   };
-  // `loop` and `options` outlive the path.
-  TcpPath(EventLoop* loop, const Options* options, Target target, PathEvents events);
-  ~TcpPath() override { Close(); }
+  // `environment` outlives the path.
+  TcpPath(const RailEnvironment* environment, Target target);
+  ~TcpPath() override { Drop(); }
 
-  bool HasRoom() const override;
-  void Send(Slice slice) override;
-  bool up() const override { return state_ == State::kUp; }
-  TimePoint last_heard() const override { return last_heard_; }
-  TimePoint Tick(TimePoint now) override;
-  void Close() override;
-  PathSnapshot Describe() const override;
+  const PathTraits& traits() const override { return target_.traits; }
+  void Connect() override;
+  void Disconnect() override;
+  void Send(const Slice& slice) override;
+  void Probe(uint64_t probe) override;
+
+ protected:
+  // A control message came; control sessions only.
+  virtual void OnControlMessage(std::string_view body);
+  bool SendControl(std::string body);
 
  private:
-  enum class State { kDown, kConnecting, kHello, kUp, kClosed };
-  struct Outgoing {
-    HeaderBytes header;
-    std::span<const std::byte> payload;
+  struct Reading {  // where a read lands
+    std::byte* local;
+    uint64_t bytes;
   };
-  struct InFlight {
-    Slice slice;
-    TimePoint sent;
-    bool alone = false;
-  };
+  bool IsControl() const { return !target_.traits.carries_slices; }
+  void OnConnected() override;
+  bool OnHello(std::string_view message) override;
+  std::byte* OnHeader(const Frame& frame) override;
+  void OnFrame(const Frame& frame, bool right) override;
+  void OnMessage(std::string_view body) override;
+  void OnSent(const Frame&) override {}
+  void OnProgress(size_t) override {}
+  void OnClosed(const Status& why) override;
+  void OnAnswer(uint64_t slice, SliceOutcome outcome);
+  void Break(const Status& why);
+  void Drop();           // the connection, silently
+  void ReportUnknown();  // of everything in flight
 
-  void Connect(TimePoint now);
-  void OnReady(uint32_t events);
-  void SendHello();
-  bool ReadHello();  // false: the connection has failed or waits for more
-  void ReadFrames();
-  void OnFrame(const Frame& frame);
-  void OnAnswer(const Frame& frame);
-  void Flush();
-  void Fail(const Status& status);  // this connection is over; another follows after a pause
-  void DropConnection();
-  void Enqueue(const Frame& frame, std::span<const std::byte> payload);
-
-  EventLoop* const loop_;
-  const Options* const options_;
+  const RailEnvironment* const environment_;
   const Target target_;
-  const PathEvents events_;
-  State state_ = State::kDown;
-  UniqueFd fd_;
-  TimePoint state_since_{};
-  TimePoint retry_at_{};
-  Duration backoff_{};
-  Random jitter_;
-  TimePoint last_heard_{};
-  TimePoint last_beat_{};
-  bool writable_wanted_ = false;
-  std::string hello_in_;
-  HeaderBytes header_in_{};
-  size_t header_in_size_ = 0;
-  std::deque<Outgoing> out_;
-  size_t out_offset_ = 0;  // of out_.front() that is written
-  absl::flat_hash_map<uint64_t, InFlight> in_flight_;
-  uint64_t bytes_in_flight_ = 0;
-  uint64_t slices_resent_ = 0;
-  int32_t bad_checksums_ = 0;  // in a row
-  bool logged_down_ = false;   // one line per outage
-  PathMeter meter_;
+  size_t next_remote_ = 0;
+  std::unique_ptr<FrameStream> stream_;
+  bool ready_ = false;  // Hellos were exchanged
+  // In flight: slices that were sent; for reads, where they land.
+  absl::flat_hash_map<uint64_t, Reading> in_flight_;
+};
+
+// The control session to a peer: a path that carries no slices, and the initiating side's ControlChannel.
+class TcpControl : public TcpPath, public ControlChannel {
+ public:
+  TcpControl(const RailEnvironment* environment, Target target)
+      : TcpPath(environment, target), environment_(environment), peer_epoch_(target.expected_epoch) {}
+  bool SendMessage(const std::string& kind, const std::string& body) override;
+  uint64_t peer_epoch() const override { return peer_epoch_; }
+
+ private:
+  void OnControlMessage(std::string_view body) override;
+  const RailEnvironment* const environment_;
+  const uint64_t peer_epoch_;
 };
 
 }  // namespace millrace::transfer

@@ -3,19 +3,18 @@
 #include <sys/epoll.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 
+#include "absl/container/flat_hash_map.h"
 #include "base/digest.h"
 #include "base/log.h"
 #include "proto/transfer.pb.h"
+#include "transfer/tcp/frame_stream.h"
 
 namespace millrace::transfer {
 namespace {
 
 constexpr size_t kConnectionsMax = 1024;
-constexpr size_t kAnswerBytesMax = 1 << 20;  // a peer that reads no answers is read no further
-constexpr size_t kScratchBytes = 64 << 10;   // refused payload goes through here
+constexpr size_t kReadsMax = 256;  // answers with data that wait on one connection; more is a broken peer
 constexpr Duration kHelloTimeout = std::chrono::seconds(5);
 // The bound of CloseTicket: an admitted slice that makes no progress for so long loses its connection. The
 // teardown, not the time, is what proves that nothing lands any more.
@@ -23,31 +22,34 @@ constexpr Duration kClosingStall = std::chrono::milliseconds(200);
 
 }  // namespace
 
-class TcpReceiver::Connection {
+class TcpReceiver::Connection : public FrameStream::Handler, public Lander, public ControlChannel {
  public:
   Connection(TcpReceiver* owner, UniqueFd fd)
-      : owner_(owner), fd_(std::move(fd)), last_progress_(Clock::System().Now()) {
-    owner_->loop_->Add(fd_.get(), EPOLLIN, [this](uint32_t events) { OnReady(events); });
-  }
-  ~Connection() { Close(); }
+      : owner_(owner),
+        environment_(*owner->environment_),
+        last_progress_(environment_.clock->Now()),
+        stream_(environment_.loop, std::move(fd), false, this) {}
+  ~Connection() override { Close(); }
 
-  bool closed() const { return !fd_.valid(); }
+  bool closed() const { return stream_.closed(); }
 
   void Close() {
-    if (closed()) return;
-    owner_->loop_->Remove(fd_.get());
-    fd_.Reset();
-    if (landing_) owner_->memory_->Unpin(frame_.ticket);
-    landing_ = nullptr;
+    stream_.Close();
+    LetGo();
   }
 
   TimePoint Tick(TimePoint now) {
-    if (state_ == State::kHello) {
+    if (peer_epoch_ == 0) {
       if (now - last_progress_ > kHelloTimeout) Close();
       return last_progress_ + kHelloTimeout + std::chrono::milliseconds(1);
     }
-    if (landing_ == nullptr) return kNoDeadline;
-    if (!owner_->memory_->IsClosing(frame_.ticket)) return now + kClosingStall;
+    if (!landing_ && reads_.empty()) return kNoDeadline;
+    const bool closing = (landing_ && environment_.memory->IsClosing(frame_.ticket)) ||
+                         std::any_of(reads_.begin(), reads_.end(), [this](const auto& read) {
+                           return environment_.memory->IsClosing(read.second);
+                         });
+    // CloseTicket makes the loop tick, so an open ticket needs no watching.
+    if (!closing) return kNoDeadline;
     if (now - last_progress_ > kClosingStall) {
       LogWarning(
           "transfer: a peer stopped in the middle of a slice of a closing ticket; its connection is closed");
@@ -58,77 +60,142 @@ class TcpReceiver::Connection {
   }
 
  private:
-  enum class State { kHello, kHeader, kPayload, kLeaving };
+  void OnConnected() override {}
 
-  void OnReady(uint32_t events) {
-    if ((events & EPOLLOUT) != 0) Flush();
-    if (!closed() && (events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) Read();
-  }
-
-  void Read() {
-    // A bounded share per round, so that one busy connection does not keep others waiting.
-    size_t budget = 4 << 20;
-    while (!closed() && state_ != State::kLeaving && answers_.size() < kAnswerBytesMax && budget > 0) {
-      const std::span<std::byte> target = Target();
-      size_t got = 0;
-      const IoResult result = ReadSome(fd_.get(), target, &got);
-      if (result == IoResult::kWouldBlock) break;
-      if (result == IoResult::kClosed) return Close();
-      last_progress_ = Clock::System().Now();
-      budget -= std::min(budget, got);
-      Consume(target.first(got));
+  bool OnHello(std::string_view message) override {
+    v1::Hello hello;
+    if (!hello.ParseFromArray(message.data(), static_cast<int>(message.size()))) {
+      Stranger("a damaged Hello");
+      return false;
     }
-    if (!closed()) Flush();
+    v1::Hello answer;
+    answer.set_protocol_version(kProtocolVersion);
+    answer.set_epoch(environment_.epoch);
+    if (hello.protocol_version() != kProtocolVersion) {
+      answer.set_refusal(fmt::format("protocol version {} is spoken here", kProtocolVersion));
+    } else if (hello.expected_epoch() != environment_.epoch) {
+      answer.set_refusal("the process has restarted: its epoch is another");
+    } else if (hello.epoch() == 0) {
+      answer.set_refusal("epoch 0");
+    }
+    stream_.SendHello(answer.SerializeAsString());
+    if (!answer.refusal().empty()) return false;
+    peer_epoch_ = hello.epoch();
+    control_ = hello.purpose() == v1::Hello::CONTROL;
+    environment_.landing->Join(peer_epoch_);
+    return true;
   }
 
-  // Where the next bytes belong.
-  std::span<std::byte> Target() {
-    switch (state_) {
-      case State::kHello:
-        return std::span(hello_).subspan(received_, HelloBytesWanted());
-      case State::kHeader:
-        return std::span(header_).subspan(received_);
+  std::byte* OnHeader(const Frame& frame) override {
+    frame_ = frame;
+    refused_ = superseded_ = landing_ = false;
+    if (control_ && frame.kind != FrameKind::kProbe) {
+      Stranger("a slice on a control session");
+      return nullptr;
+    }
+    if (frame.kind != FrameKind::kSlice) return nullptr;
+    if (!environment_.landing->Begin(peer_epoch_, frame.slice, frame.attempt, frame.retired_below, this)) {
+      superseded_ = true;
+      return nullptr;
+    }
+    auto admitted = environment_.memory->Admit(peer_epoch_, frame.ticket, Operation::kWrite, frame.region,
+                                               frame.offset, frame.length);
+    if (!admitted.ok()) {
+      environment_.landing->End(peer_epoch_, frame.slice);
+      refused_ = true;
+      return nullptr;
+    }
+    landing_ = true;
+    return *admitted;
+  }
+
+  void OnProgress(size_t bytes) override {
+    last_progress_ = environment_.clock->Now();
+    owner_->counters_.bytes_received += bytes;
+  }
+
+  void OnFrame(const Frame& frame, bool right) override {
+    switch (frame.kind) {
+      case FrameKind::kSlice:
+        return OnSlice(frame, right);
+      case FrameKind::kReadRequest:
+        return OnRead(frame);
+      case FrameKind::kProbe:
+        return stream_.Send({.kind = FrameKind::kProbeAnswer, .slice = frame.slice});
       default:
-        break;
+        return Stranger("an unexpected frame");
     }
-    const size_t left = frame_.length - received_;
-    if (landing_ != nullptr) return {landing_ + received_, left};
-    scratch_.resize(kScratchBytes);
-    return std::span(scratch_).first(std::min(left, scratch_.size()));
   }
 
-  size_t HelloBytesWanted() const {
-    if (received_ < sizeof(uint32_t)) return sizeof(uint32_t) - received_;
-    return sizeof(uint32_t) + HelloSize() - received_;
+  void OnSlice(const Frame& frame, bool right) {
+    if (refused_ || (!superseded_ && !right)) ++owner_->counters_.slices_refused;
+    Answer(frame.slice, superseded_ ? SliceCode::kSuperseded
+                        : refused_  ? SliceCode::kRefused
+                        : right     ? SliceCode::kLanded
+                                    : SliceCode::kBadChecksum);
+    // After the answer is queued: a drained ticket's owner may look at the memory at once, and nothing lands
+    // after this.
+    LandingOver();
   }
 
-  uint32_t HelloSize() const {
-    uint32_t size = 0;
-    std::memcpy(&size, hello_.data(), sizeof(size));
-    return size;
-  }
-
-  void Consume(std::span<const std::byte> bytes) {
-    switch (state_) {
-      case State::kHello:
-        received_ += bytes.size();
-        if (received_ < sizeof(uint32_t)) return;
-        if (HelloSize() == 0 || HelloSize() > kHelloBytesMax) return Stranger("no Hello");
-        if (HelloBytesWanted() == 0) OnHello();
-        return;
-      case State::kHeader:
-        received_ += bytes.size();
-        if (received_ == kHeaderBytes) OnHeader();
-        return;
-      case State::kPayload:
-        crc_ = Crc32c(bytes, crc_);
-        received_ += bytes.size();
-        owner_->counters_.bytes_received += bytes.size();
-        if (received_ == frame_.length) OnPayload();
-        return;
-      case State::kLeaving:
-        return;
+  void OnRead(const Frame& frame) {
+    auto from = environment_.memory->Admit(peer_epoch_, frame.ticket, Operation::kRead, frame.region,
+                                           frame.offset, frame.length);
+    if (!from.ok()) {
+      ++owner_->counters_.slices_refused;
+      return Answer(frame.slice, SliceCode::kRefused);
     }
+    if (reads_.size() >= kReadsMax || !reads_.emplace(frame.slice, frame.ticket).second) {
+      environment_.memory->Unpin(frame.ticket);
+      return Stranger("too many reads at once");
+    }
+    if (reads_.size() == 1) last_progress_ = environment_.clock->Now();
+    const std::span<const std::byte> data(*from, frame.length);
+    stream_.Send({.kind = FrameKind::kReadData,
+                  .slice = frame.slice,
+                  .length = frame.length,
+                  .payload_crc = Crc32c(data)},
+                 data);
+  }
+
+  // The kernel has copied what was read: its memory is no longer looked at.
+  void OnSent(const Frame& frame) override {
+    last_progress_ = environment_.clock->Now();
+    const auto found = reads_.find(frame.slice);
+    if (found == reads_.end()) return;
+    const TicketId ticket = found->second;
+    reads_.erase(found);
+    environment_.memory->Unpin(ticket);
+  }
+
+  void OnMessage(std::string_view body) override {
+    v1::RailMessage message;
+    if (!control_ || !message.ParseFromArray(body.data(), static_cast<int>(body.size())))
+      return Stranger("a damaged control message");
+    environment_.on_control(this, message.kind(), message.body());
+  }
+
+  bool SendMessage(const std::string& kind, const std::string& body) override {
+    if (closed()) return false;
+    v1::RailMessage message;
+    message.set_kind(kind);
+    message.set_body(body);
+    stream_.SendMessage(message.SerializeAsString());
+    return true;
+  }
+  uint64_t peer_epoch() const override { return peer_epoch_; }
+
+  void OnClosed(const Status&) override { LetGo(); }
+
+  void Supersede() override {
+    stream_.DropPayload();
+    superseded_ = true;
+    landing_ = false;
+    environment_.memory->Unpin(frame_.ticket);
+  }
+
+  void Answer(uint64_t slice, SliceCode code) {
+    stream_.Send({.kind = FrameKind::kAnswer, .code = code, .slice = slice});
   }
 
   void Stranger(const char* why) {
@@ -136,108 +203,45 @@ class TcpReceiver::Connection {
     Close();
   }
 
-  void OnHello() {
-    v1::Hello hello;
-    if (!hello.ParseFromArray(hello_.data() + sizeof(uint32_t), static_cast<int>(HelloSize()))) {
-      return Stranger("a damaged Hello");
-    }
-    v1::Hello answer;
-    answer.set_protocol_version(kProtocolVersion);
-    answer.set_epoch(owner_->epoch_);
-    if (hello.protocol_version() != kProtocolVersion) {
-      answer.set_refusal(fmt::format("protocol version {} is spoken here", kProtocolVersion));
-    } else if (hello.expected_epoch() != owner_->epoch_) {
-      answer.set_refusal("the process has restarted: its epoch is another");
-    } else if (hello.epoch() == 0) {
-      answer.set_refusal("epoch 0");
-    }
-    peer_epoch_ = hello.epoch();
-    answers_ += WithLength(answer.SerializeAsString());
-    state_ = answer.refusal().empty() ? State::kHeader : State::kLeaving;
-    received_ = 0;
-    Flush();
+  void LandingOver() {
+    if (!landing_) return;
+    landing_ = false;
+    environment_.landing->End(peer_epoch_, frame_.slice);
+    environment_.memory->Unpin(frame_.ticket);
   }
 
-  void OnHeader() {
-    const auto frame = DecodeFrame(header_);
-    if (!frame.ok()) return Stranger("a damaged frame");
-    frame_ = *frame;
-    received_ = 0;
-    if (frame_.kind == FrameKind::kHeartbeat) {
-      return Answer({.kind = FrameKind::kHeartbeatAnswer, .slice = frame_.slice});
-    }
-    if (frame_.kind != FrameKind::kSlice) return Stranger("an unexpected frame");
-    auto admitted =
-        owner_->memory_->Admit(peer_epoch_, frame_.ticket, frame_.region, frame_.offset, frame_.length);
-    landing_ = admitted.ok() ? *admitted : nullptr;
-    crc_ = 0;
-    state_ = State::kPayload;
-  }
-
-  void OnPayload() {
-    const bool admitted = landing_ != nullptr;
-    const bool right = crc_ == frame_.payload_crc;
-    landing_ = nullptr;
-    state_ = State::kHeader;
-    received_ = 0;
-    if (!admitted || !right) ++owner_->counters_.slices_refused;
-    Answer({.kind = FrameKind::kAnswer,
-            .code = !admitted ? SliceCode::kRefused
-                    : right   ? SliceCode::kLanded
-                              : SliceCode::kBadChecksum,
-            .slice = frame_.slice});
-    // After the answer is queued: a drained ticket's owner may look at the memory at once, and nothing lands
-    // after this.
-    if (admitted) owner_->memory_->Unpin(frame_.ticket);
-  }
-
-  void Answer(const Frame& frame) {
-    const HeaderBytes bytes = EncodeFrame(frame);
-    answers_.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-  }
-
-  void Flush() {
-    while (!answers_.empty()) {
-      size_t written = 0;
-      const IoResult result = WriteSome(fd_.get(), std::as_bytes(std::span(answers_)), {}, &written);
-      if (result == IoResult::kClosed) return Close();
-      answers_.erase(0, written);
-      if (result == IoResult::kWouldBlock) break;
-    }
-    if (answers_.empty() && state_ == State::kLeaving) return Close();
-    const uint32_t events =
-        (answers_.size() < kAnswerBytesMax ? EPOLLIN : 0U) | (answers_.empty() ? 0U : EPOLLOUT);
-    if (events != events_) {
-      events_ = events;
-      owner_->loop_->Change(fd_.get(), events);
-    }
+  // The socket is closed: whatever this connection held is free.
+  void LetGo() {
+    LandingOver();
+    for (const auto& [slice, ticket] : std::exchange(reads_, {})) environment_.memory->Unpin(ticket);
+    if (peer_epoch_ == 0 || left_) return;
+    left_ = true;
+    environment_.landing->Leave(peer_epoch_);
+    if (control_) environment_.on_control_closed(this);
   }
 
   TcpReceiver* const owner_;
-  UniqueFd fd_;
-  State state_ = State::kHello;
+  const RailEnvironment& environment_;
   TimePoint last_progress_;
-  uint32_t events_ = EPOLLIN;
-  std::array<std::byte, sizeof(uint32_t) + kHelloBytesMax> hello_{};
-  HeaderBytes header_{};
-  Frame frame_;
-  size_t received_ = 0;           // of the Hello, the header or the payload
-  std::byte* landing_ = nullptr;  // where the admitted slice lands; its ticket is pinned while this is set
-  uint32_t crc_ = 0;
-  std::vector<std::byte> scratch_;
-  std::string answers_;
-  uint64_t peer_epoch_ = 0;
+  uint64_t peer_epoch_ = 0;  // 0: no Hello yet
+  bool control_ = false;
+  bool left_ = false;
+  Frame frame_;           // being read
+  bool landing_ = false;  // into granted memory: its ticket is pinned and the landing table knows
+  bool refused_ = false;
+  bool superseded_ = false;
+  absl::flat_hash_map<uint64_t, TicketId> reads_;  // being sent; their tickets are pinned
+  FrameStream stream_;                             // last: its handler's state outlives it
 };
 
-TcpReceiver::TcpReceiver(EventLoop* loop, MemoryTable* memory, uint64_t own_epoch)
-    : loop_(loop), memory_(memory), epoch_(own_epoch) {}
+TcpReceiver::TcpReceiver(const RailEnvironment* environment) : environment_(environment) {}
 
 TcpReceiver::~TcpReceiver() { CloseAll(); }
 
 Status TcpReceiver::Listen(const HostPort& address, HostPort* bound) {
   MR_ASSIGN_OR_RETURN(UniqueFd fd, ListenTcp(address, bound));
   const int raw = fd.get();
-  loop_->Add(raw, EPOLLIN, [this, raw](uint32_t) { Accept(raw); });
+  environment_->loop->Add(raw, EPOLLIN, [this, raw](uint32_t) { Accept(raw); });
   listeners_.push_back(std::move(fd));
   return OkStatus();
 }
@@ -261,7 +265,7 @@ TimePoint TcpReceiver::Tick(TimePoint now) {
 }
 
 void TcpReceiver::CloseAll() {
-  for (const UniqueFd& fd : listeners_) loop_->Remove(fd.get());
+  for (const UniqueFd& fd : listeners_) environment_->loop->Remove(fd.get());
   listeners_.clear();
   connections_.clear();
 }

@@ -1,28 +1,19 @@
 #pragma once
-// The receiving end: listening rails and the connections that peers made to them. Payload goes from the
-// socket straight into the granted memory, after ticket, epoch and range were checked. Transfer thread only.
+// The accepting end: listening rails and the connections that peers made to them. Payload goes from the
+// socket straight into the granted memory, after ticket, epoch and range were checked; reads are answered
+// from it. Transfer thread only.
 
-#include <functional>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "base/net.h"
-#include "transfer/event_loop.h"
-#include "transfer/memory_table.h"
-#include "transfer/tcp/socket.h"
-#include "transfer/wire.h"
+#include "transfer/rail.h"
 
 namespace millrace::transfer {
 
-struct ReceiverCounters {
-  uint64_t bytes_received = 0;
-  uint64_t slices_refused = 0;  // by ticket, epoch or range, or with a wrong checksum
-};
-
 class TcpReceiver {
  public:
-  TcpReceiver(EventLoop* loop, MemoryTable* memory, uint64_t own_epoch);
+  explicit TcpReceiver(const RailEnvironment* environment);  // outlives the receiver
   ~TcpReceiver();
   // Before the loop runs, or on its thread.
   Status Listen(const HostPort& address, HostPort* bound);
@@ -36,9 +27,7 @@ class TcpReceiver {
   class Connection;
   void Accept(int listener);
 
-  EventLoop* const loop_;
-  MemoryTable* const memory_;
-  const uint64_t epoch_;
+  const RailEnvironment* const environment_;
   std::vector<UniqueFd> listeners_;
   std::vector<std::unique_ptr<Connection>> connections_;
   ReceiverCounters counters_;

@@ -6,9 +6,11 @@
 
 #include "base/check.h"
 #include "base/cpu.h"
+#include "engine/backend/cpu/attention.h"
 #include "engine/backend/cpu/bfloat16.h"
 #include "engine/backend/cpu/cpu_weights.h"
 #include "engine/backend/cpu/moe_layer.h"
+#include "engine/backend/cpu/packing.h"
 #include "engine/backend/cpu/rope.h"
 
 namespace millrace::engine {
@@ -23,34 +25,6 @@ struct Row {
   bool logits = false;
 };
 
-// A [rows, width] fp32 buffer with its row pointers.
-class RowBuffer {
- public:
-  RowBuffer(int32_t rows, int32_t width) : values_(static_cast<size_t>(rows) * static_cast<size_t>(width)) {
-    for (int32_t r = 0; r < rows; ++r)
-      rows_.push_back(values_.data() + static_cast<size_t>(r) * static_cast<size_t>(width));
-  }
-  float* operator[](size_t row) const { return rows_[row]; }
-  std::span<float* const> first(size_t rows) const { return {rows_.data(), rows}; }
-  std::span<const float* const> input(size_t rows) const {
-    return {const_cast<const float* const*>(rows_.data()), rows};
-  }
-  const float* data() const { return values_.data(); }
-
- private:
-  std::vector<float> values_;
-  std::vector<float*> rows_;
-};
-
-// Statistics in double, in one order: the same on every instruction set.
-void RmsNorm(const float* x, std::span<const float> weight, float eps, float* out) {
-  double sum = 0;
-  for (size_t i = 0; i < weight.size(); ++i) sum += double{x[i]} * x[i];
-  const auto scale =
-      static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(weight.size()) + double{eps}));
-  for (size_t i = 0; i < weight.size(); ++i) out[i] = x[i] * scale * weight[i];
-}
-
 class CpuBackend : public Backend {
  public:
   CpuBackend(std::shared_ptr<const CpuWeights> weights, const CpuBackendOptions& options,
@@ -59,29 +33,39 @@ class CpuBackend : public Backend {
         config_(weights_->config()),
         options_(options),
         bf16_(weights_->precision_ == Precision::kBfloat16),
+        format_(weights_->format_),
         kernels_(kernels),
-        gemm_(bf16_ ? kernels.gemm_bf16 : kernels.gemm_f32),
         layout_(layout),
         kv_(std::move(kv)),
         pool_(options.num_threads),
         rope_(config_),
-        ffn_(config_, kernels, bf16_, options.batch_tokens_max, pool_),
-        hidden_(options.batch_tokens_max, config_.hidden_size),
-        normed_(options.batch_tokens_max, config_.hidden_size),
-        delta_(options.batch_tokens_max, config_.hidden_size),
-        qkv_(options.batch_tokens_max, config_.q_size() + 2 * config_.kv_size()),
-        attended_(options.batch_tokens_max, config_.q_size()),
-        mtp_input_(options.with_mtp ? options.batch_tokens_max : 0, 2 * config_.hidden_size),
-        angles_(options.batch_tokens_max, 2 * rope_.pairs()),
-        logits_(options.logit_rows_max, config_.vocab_size),
-        mtp_logits_(options.with_mtp ? options.logit_rows_max : 0, config_.vocab_size) {}
+        attention_(layout, config_.num_heads, kernels, pool_),
+        ffn_(config_, kernels, format_, options.batch_tokens_max, pool_),
+        hidden_(FloatRows(options.batch_tokens_max, config_.hidden_size)),
+        normed_(FloatRows(options.batch_tokens_max, config_.hidden_size)),
+        qkv_(FloatRows(options.batch_tokens_max, config_.q_size() + 2 * config_.kv_size())),
+        attended_(FloatRows(options.batch_tokens_max, config_.q_size())),
+        mtp_input_(FloatRows(options.with_mtp ? options.batch_tokens_max : 0, 2 * config_.hidden_size)),
+        quantized_(static_cast<size_t>(is_integer() ? options.batch_tokens_max : 0),
+                   ActivationBytes(format_, std::max({config_.hidden_size, config_.q_size(),
+                                                      options.with_mtp ? 2 * config_.hidden_size : 0}))),
+        angles_(FloatRows(options.batch_tokens_max, 2 * rope_.pairs())),
+        logits_(static_cast<size_t>(options.logit_rows_max) * static_cast<size_t>(config_.vocab_size)),
+        mtp_logits_(options.with_mtp ? logits_.size() : 0),
+        ones_(static_cast<size_t>(options.batch_tokens_max), 1.0f) {
+    rows_.reserve(static_cast<size_t>(options.batch_tokens_max));
+    runs_.reserve(static_cast<size_t>(options.batch_tokens_max));
+  }
 
   const ModelConfig& config() const override { return config_; }
   const KvLayout& kv_layout() const override { return layout_; }
   std::span<std::byte> kv_memory() override { return kv_.bytes(); }
   std::string Describe() const override {
-    return fmt::format("cpu, {}, {} threads, {}", kernels_.name, pool_.num_threads(),
-                       bf16_ ? "bfloat16" : "float32");
+    const char* weights = format_ == WeightFormat::kInt8   ? ", int8 weights"
+                          : format_ == WeightFormat::kInt4 ? ", int4 weights"
+                                                           : "";
+    return fmt::format("cpu, {}, {} threads, {}{}", kernels_.name, pool_.num_threads(),
+                       bf16_ ? "bfloat16" : "float32", weights);
   }
   void set_trace(RouterTrace trace) { trace_ = std::move(trace); }
 
@@ -92,17 +76,56 @@ class CpuBackend : public Backend {
       RunLayer(weights_->layers[static_cast<size_t>(l)], l, layer_done);
     Norm(weights_->final_norm);
     StepOutput output;
-    const size_t count = Head(logits_);
-    output.logits = {logits_.data(), count * static_cast<size_t>(config_.vocab_size)};
+    output.logits = Head(&logits_);
+    if (options_.with_mtp) output.hidden = CopyHidden();
     KeepMtpRows();
     if (rows_.empty()) return output;
     RunMtp(layer_done);
-    const size_t mtp_count = Head(mtp_logits_);
-    output.mtp_logits = {mtp_logits_.data(), mtp_count * static_cast<size_t>(config_.vocab_size)};
+    output.mtp_logits = Head(&mtp_logits_);
     return output;
   }
 
+  StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments) override {
+    MR_CHECK(options_.with_mtp);
+    const auto width = static_cast<size_t>(config_.hidden_size);
+    rows_.clear();
+    mtp_segments_.clear();
+    mtp_segments_.reserve(segments.size());
+    for (const MtpSegment& segment : segments) {
+      const auto count = static_cast<int32_t>(segment.next_tokens.size());
+      MR_CHECK(count > 0 && segment.hidden.size() == segment.next_tokens.size() * width);
+      MR_CHECK(rows_.size() + segment.next_tokens.size() <= static_cast<size_t>(options_.batch_tokens_max));
+      Segment& run = mtp_segments_.emplace_back();
+      run.tokens = segment.next_tokens;
+      run.position = segment.position;
+      run.pages = segment.pages;
+      for (int32_t i = 0; i < count; ++i) {
+        std::memcpy(normed_[rows_.size()], segment.hidden.data() + static_cast<size_t>(i) * width,
+                    width * sizeof(float));
+        Row row;
+        row.segment = &run;
+        row.next_token = segment.next_tokens[static_cast<size_t>(i)];
+        MR_CHECK(row.next_token >= 0);
+        row.position = segment.position + i;
+        row.logits = i + 1 == count;
+        rows_.push_back(row);
+      }
+    }
+    RunMtp({});
+    return Head(&mtp_logits_);
+  }
+
  private:
+  // The final hidden states of the rows with logits.
+  std::span<const float> CopyHidden() {
+    hidden_out_.clear();
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      if (rows_[r].logits)
+        hidden_out_.insert(hidden_out_.end(), normed_[r], normed_[r] + config_.hidden_size);
+    }
+    return hidden_out_;
+  }
+
   void CollectRows(const Batch& batch) {
     rows_.clear();
     for (const Segment& segment : batch.segments) {
@@ -125,12 +148,20 @@ class CpuBackend : public Backend {
     }
     MR_CHECK(rows_.size() <= static_cast<size_t>(options_.batch_tokens_max), "{} tokens in one step",
              rows_.size());
-    ComputeAngles();
+    PrepareRows();
   }
 
-  void ComputeAngles() {
+  // What depends on the list of rows.
+  void PrepareRows() {
+    runs_.clear();
     for (size_t r = 0; r < rows_.size(); ++r) {
-      rope_.Angles(rows_[r].position, angles_[r], angles_[r] + rope_.pairs());
+      const Row& row = rows_[r];
+      rope_.Angles(row.position, angles_[r], angles_[r] + rope_.pairs());
+      // The MTP layer may leave rows out of the middle of a segment.
+      if (runs_.empty() || runs_.back().segment != row.segment || rows_[r - 1].position + 1 != row.position) {
+        runs_.push_back({row.segment, static_cast<int32_t>(r), 0, row.position});
+      }
+      ++runs_.back().num_rows;
     }
   }
 
@@ -145,42 +176,57 @@ class CpuBackend : public Backend {
     for (size_t d = 0; d < hidden; ++d) out[d] = FromBf16(narrow[d]);
   }
 
-  // normed_ = RMSNorm(hidden_)
-  void Norm(std::span<const float> weight) {
-    pool_.Run(static_cast<int64_t>(rows_.size()), static_cast<int64_t>(rows_.size() * weight.size() * 4),
-              [&](int64_t r) {
-                RmsNorm(hidden_[static_cast<size_t>(r)], weight, config_.rms_norm_eps,
-                        normed_[static_cast<size_t>(r)]);
-              });
+  bool is_integer() const { return format_ == WeightFormat::kInt8 || format_ == WeightFormat::kInt4; }
+
+  void Quantize(const float* x, int32_t width, size_t row) {
+    auto* const values = reinterpret_cast<int8_t*>(quantized_[row]);
+    const int32_t groups = (width + kGroupCols - 1) / kGroupCols;
+    kernels_.quantize(x, width, values, reinterpret_cast<ActivationGroup*>(values + groups * kGroupCols));
   }
 
-  void AddToHidden(const RowBuffer& delta, std::span<const float> bias) {
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      for (size_t d = 0; d < static_cast<size_t>(config_.hidden_size); ++d) {
-        hidden_[r][d] += bias.empty() ? delta[r][d] : delta[r][d] + bias[d];
-      }
-    }
+  // `x`, [rows_.size()] of `width`, as products want it.
+  std::span<const void* const> Input(const Rows& x, int32_t width) {
+    if (!is_integer()) return x.input(rows_.size());
+    pool_.Run(static_cast<int64_t>(rows_.size()), static_cast<int64_t>(rows_.size()) * width,
+              [&](int64_t r, int) { Quantize(x[static_cast<size_t>(r)], width, static_cast<size_t>(r)); });
+    return quantized_.input(rows_.size());
+  }
+
+  // normed_ = RMSNorm(hidden_); returns it as products want it.
+  std::span<const void* const> Norm(std::span<const float> weight) {
+    pool_.Run(static_cast<int64_t>(rows_.size()), static_cast<int64_t>(rows_.size() * weight.size() * 4),
+              [&](int64_t row, int) {
+                const auto r = static_cast<size_t>(row);
+                kernels_.rms_norm(hidden_[r], weight.data(), config_.hidden_size, config_.rms_norm_eps,
+                                  normed_[r]);
+                if (is_integer()) Quantize(normed_[r], config_.hidden_size, r);
+              });
+    return is_integer() ? quantized_.input(rows_.size()) : normed_.input(rows_.size());
   }
 
   void RunLayer(const LayerWeights& layer, int32_t index, const LayerDone& layer_done) {
     const size_t rows = rows_.size();
-    Norm(layer.input_norm);
-    ParallelGemm(pool_, gemm_, layer.qkv, normed_.input(rows), qkv_.first(rows));
+    ParallelGemm(pool_, kernels_, layer.qkv, Norm(layer.input_norm), qkv_.first(rows));
     pool_.Run(static_cast<int64_t>(rows),
               static_cast<int64_t>(rows) * (config_.q_size() + 2 * config_.kv_size()) * 4,
-              [&](int64_t r) { FinishQkv(layer, index, static_cast<size_t>(r)); });
+              [&](int64_t r, int) { FinishQkv(layer, index, static_cast<size_t>(r)); });
     if (layer_done) layer_done(index);
-    Attend(index);
-    ParallelGemm(pool_, gemm_, layer.dense, attended_.input(rows), delta_.first(rows));
-    AddToHidden(delta_, layer.dense_bias);
-    Norm(layer.post_norm);
+    attention_.Run(runs_, index, kv_.bytes().data(), qkv_.first(rows), attended_.first(rows));
+    // Products add to the residual stream themselves.
+    ParallelGemm(pool_, kernels_, layer.dense, Input(attended_, config_.q_size()), hidden_.first(rows),
+                 ones_.data());
+    if (!layer.dense_bias.empty()) {
+      for (size_t r = 0; r < rows; ++r) {
+        for (size_t d = 0; d < layer.dense_bias.size(); ++d) hidden_[r][d] += layer.dense_bias[d];
+      }
+    }
+    const std::span<const void* const> x = Norm(layer.post_norm);
     FfnRunner::Trace trace;
     if (trace_) trace = [&](int32_t row, std::span<const int32_t> experts) { trace_(index, row, experts); };
-    ffn_.Run(layer, normed_.input(rows), delta_.first(rows), trace);
-    AddToHidden(delta_, {});
+    ffn_.Run(layer, normed_.input(rows), x, hidden_.first(rows), trace);
   }
 
-  // Bias, QK norm and rotation of one row; its K and V go to their page.
+  // Bias, QK norm and rotation of one row of qkv_; its K and V go to their page.
   void FinishQkv(const LayerWeights& layer, int32_t index, size_t r) {
     float* const q = qkv_[r];
     float* const k = q + config_.q_size();
@@ -192,7 +238,7 @@ class CpuBackend : public Backend {
     for (int32_t head = 0; head < config_.num_heads + config_.num_kv_heads; ++head) {
       float* const x = q + head * config_.head_dim;
       const auto& norm = head < config_.num_heads ? layer.query_norm : layer.key_norm;
-      if (!norm.empty()) RmsNorm(x, norm, config_.rms_norm_eps, x);
+      if (!norm.empty()) kernels_.rms_norm(x, norm.data(), config_.head_dim, config_.rms_norm_eps, x);
       rope_.Apply(cos, sin, x);
     }
     const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
@@ -219,52 +265,20 @@ class CpuBackend : public Backend {
     for (size_t i = 0; i < count; ++i) narrow[i] = ToBf16(values[i]);
   }
 
-  void Attend(int32_t layer) {
-    // Page tables as pointers, once per segment and layer.
-    page_pointers_.clear();
-    first_page_.clear();
-    int64_t work = 0;
-    const Segment* previous = nullptr;
-    size_t begin = 0;
-    for (const Row& row : rows_) {
-      if (row.segment != previous) {
-        previous = row.segment;
-        begin = page_pointers_.size();
-        const int32_t pages =
-            PagesFor(row.segment->position + static_cast<int64_t>(row.segment->tokens.size()));
-        for (int32_t p = 0; p < pages; ++p)
-          page_pointers_.push_back(reinterpret_cast<const char*>(Piece(row, layer, p)));
-      }
-      first_page_.push_back(begin);
-      work += int64_t{row.position + 1} * config_.q_size() * 2;
-    }
-    const int32_t group = config_.num_heads / config_.num_kv_heads;
-    const auto attend = bf16_ ? kernels_.attend_bf16 : kernels_.attend_f32;
-    pool_.Run(static_cast<int64_t>(rows_.size()) * config_.num_heads, work, [&](int64_t task) {
-      const auto r = static_cast<size_t>(task / config_.num_heads);
-      const auto head = static_cast<int32_t>(task % config_.num_heads);
-      AttentionArgs args;
-      args.query = qkv_[r] + head * config_.head_dim;
-      args.pages = page_pointers_.data() + first_page_[r];
-      args.key_offset = static_cast<int64_t>(layout_.row_offset(0, head / group, 0));
-      args.value_offset = static_cast<int64_t>(layout_.row_offset(1, head / group, 0));
-      args.head_dim = config_.head_dim;
-      args.num_keys = rows_[r].position + 1;
-      args.output = attended_[r] + head * config_.head_dim;
-      attend(args);
-    });
-  }
-
-  // Logits of the rows that want them, from normed_. Returns how many.
-  size_t Head(const RowBuffer& logits) {
-    std::vector<const float*> inputs;
+  // Logits of the rows that want them, from normed_.
+  std::span<const float> Head(std::vector<float>* logits) {
+    const auto width = static_cast<size_t>(config_.vocab_size);
+    head_in_.clear();
+    head_out_.clear();
     for (size_t r = 0; r < rows_.size(); ++r) {
-      if (rows_[r].logits) inputs.push_back(normed_[r]);
+      if (!rows_[r].logits) continue;
+      head_in_.push_back(is_integer() ? quantized_.input(rows_.size())[r] : normed_[r]);
+      head_out_.push_back(logits->data() + head_out_.size() * width);
     }
-    MR_CHECK(inputs.size() <= static_cast<size_t>(options_.logit_rows_max), "{} rows of logits",
-             inputs.size());
-    ParallelGemm(pool_, gemm_, weights_->head, inputs, logits.first(inputs.size()));
-    return inputs.size();
+    MR_CHECK(head_in_.size() <= static_cast<size_t>(options_.logit_rows_max), "{} rows of logits",
+             head_in_.size());
+    ParallelGemm(pool_, kernels_, weights_->head, head_in_, head_out_);
+    return std::span(*logits).first(head_in_.size() * width);
   }
 
   // Drops the rows that the MTP layer leaves alone; normed_ keeps the final hidden states of the others.
@@ -281,16 +295,16 @@ class CpuBackend : public Backend {
 
   void RunMtp(const LayerDone& layer_done) {
     const MtpWeights& mtp = weights_->mtp.front();
-    const size_t rows = rows_.size();
-    ComputeAngles();
-    for (size_t r = 0; r < rows; ++r) {
+    const int32_t hidden = config_.hidden_size;
+    PrepareRows();
+    for (size_t r = 0; r < rows_.size(); ++r) {
       MR_CHECK(rows_[r].next_token < config_.vocab_size);
       float* const input = mtp_input_[r];
-      Embed(rows_[r].next_token, delta_[r]);
-      RmsNorm(delta_[r], mtp.embedding_norm, config_.rms_norm_eps, input);
-      RmsNorm(normed_[r], mtp.hidden_norm, config_.rms_norm_eps, input + config_.hidden_size);
+      Embed(rows_[r].next_token, hidden_[r]);
+      kernels_.rms_norm(hidden_[r], mtp.embedding_norm.data(), hidden, config_.rms_norm_eps, input);
+      kernels_.rms_norm(normed_[r], mtp.hidden_norm.data(), hidden, config_.rms_norm_eps, input + hidden);
     }
-    ParallelGemm(pool_, gemm_, mtp.projection, mtp_input_.input(rows), hidden_.first(rows));
+    ParallelGemm(pool_, kernels_, mtp.projection, Input(mtp_input_, 2 * hidden), hidden_.first(rows_.size()));
     RunLayer(mtp.layer, config_.num_layers, layer_done);
     Norm(mtp.final_norm);
   }
@@ -298,28 +312,33 @@ class CpuBackend : public Backend {
   const std::shared_ptr<const CpuWeights> weights_;  // shared by the backends of this process
   const ModelConfig config_;
   const CpuBackendOptions options_;
-  const bool bf16_;
+  const bool bf16_;  // embedding and KV
+  const WeightFormat format_;
   const KernelTable& kernels_;
-  const GemmKernel gemm_;
   const KvLayout layout_;
   HugeMemory kv_;
   ThreadPool pool_;
   const Rope rope_;
+  AttentionRunner attention_;
   FfnRunner ffn_;
   RouterTrace trace_;
 
   std::vector<Row> rows_;
-  RowBuffer hidden_;  // the residual stream
-  RowBuffer normed_;
-  RowBuffer delta_;
-  RowBuffer qkv_;
-  RowBuffer attended_;
-  RowBuffer mtp_input_;
-  RowBuffer angles_;  // cos then sin
-  RowBuffer logits_;
-  RowBuffer mtp_logits_;
-  std::vector<const char*> page_pointers_;
-  std::vector<size_t> first_page_;  // per row, into page_pointers_
+  std::vector<Segment> mtp_segments_;  // what rows_ of ForwardMtp point to
+  std::vector<float> hidden_out_;
+  std::vector<AttentionRun> runs_;  // of rows_
+  Rows hidden_;                     // the residual stream
+  Rows normed_;
+  Rows qkv_;
+  Rows attended_;
+  Rows mtp_input_;
+  Rows quantized_;  // the current product's input, integer formats
+  Rows angles_;     // cos then sin
+  std::vector<float> logits_;
+  std::vector<float> mtp_logits_;
+  std::vector<float> ones_;
+  std::vector<const void*> head_in_;
+  std::vector<float*> head_out_;
 };
 
 StatusOr<const KernelTable*> ChooseKernels(Isa isa) {
@@ -331,12 +350,12 @@ StatusOr<const KernelTable*> ChooseKernels(Isa isa) {
       if (!cpu.avx2_fma) return InvalidArgument("this processor has no AVX2 with FMA");
       return &Avx2Kernels();
     case Isa::kAvx512:
-      if (!cpu.avx512) return InvalidArgument("this processor has no AVX-512 (F, BW, VL, DQ)");
+      if (!cpu.avx512_vnni) return InvalidArgument("this processor has no AVX-512 (F, BW, VL, DQ, VNNI)");
       return &Avx512Kernels();
     case Isa::kAuto:
       break;
   }
-  return cpu.avx512 ? &Avx512Kernels() : cpu.avx2_fma ? &Avx2Kernels() : &PortableKernels();
+  return cpu.avx512_vnni ? &Avx512Kernels() : cpu.avx2_fma ? &Avx2Kernels() : &PortableKernels();
 }
 
 }  // namespace
@@ -355,6 +374,13 @@ StatusOr<Precision> ParsePrecision(const std::string& name) {
   return InvalidArgument("precision '{}' is not one of bfloat16, float32", name);
 }
 
+StatusOr<Quantization> ParseQuantization(const std::string& name) {
+  if (name == "none") return Quantization::kNone;
+  if (name == "int8") return Quantization::kInt8;
+  if (name == "int4") return Quantization::kInt4;
+  return InvalidArgument("quantisation '{}' is not one of none, int8, int4", name);
+}
+
 StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(std::shared_ptr<const Weights> weights,
                                                   const CpuBackendOptions& options) {
   auto cpu_weights = std::dynamic_pointer_cast<const CpuWeights>(std::move(weights));
@@ -362,6 +388,10 @@ StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(std::shared_ptr<const Weights>
   const ModelConfig& config = cpu_weights->config();
   if (options.num_pages < 1 || options.batch_tokens_max < 1 || options.logit_rows_max < 1) {
     return InvalidArgument("num_pages, batch_tokens_max and logit_rows_max must be at least 1");
+  }
+  if (config.num_heads / config.num_kv_heads > kAttentionQueries) {
+    return Unimplemented("{} heads over {} kv heads: the CPU backend shares a kv head among at most {}",
+                         config.num_heads, config.num_kv_heads, kAttentionQueries);
   }
   CpuBackendOptions effective = options;
   if (effective.num_threads <= 0) effective.num_threads = UsableCpuCount();

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "engine/backend/backend.h"
-#include "engine/model/checkpoint.h"
+#include "engine/model/tensor_source.h"
 
 namespace millrace::engine {
 
@@ -19,18 +19,32 @@ StatusOr<Isa> ParseIsa(const std::string& name);  // "auto", "portable", "avx2",
 enum class Precision { kFloat32, kBfloat16 };
 StatusOr<Precision> ParsePrecision(const std::string& name);  // "float32", "bfloat16"
 
-// Called from the loading thread with bytes done and in all, at most every 50 ms and at the end.
+// What the matrices (experts, projections, head) are held in. kNone: as `precision` says. kInt8 and kInt4:
+// integers with a bf16 scale per 64 columns of a row, 8.25 and 4.25 bits per weight, made at load from
+// whatever is stored; activations are then rounded to 8 bits per 64 values in front of each product. The
+// router, norms and the embedding are never quantised.
+enum class Quantization { kNone, kInt8, kInt4 };
+StatusOr<Quantization> ParseQuantization(const std::string& name);  // "none", "int8", "int4"
+
+// Called from the loading thread with the part that is done and the whole, in one unit, at most every 50 ms
+// and at the end.
 using LoadProgress = std::function<void(size_t done, size_t total)>;
 
 struct CpuWeightsOptions {
   Precision precision = Precision::kBfloat16;
+  Quantization quantization = Quantization::kNone;
   int num_threads = 0;  // for packing; 0 = every usable processor
   LoadProgress progress;
+  // Where packed weights are kept for the next start, in a file of their own size; empty: nowhere. What
+  // cannot be read there (absent, other source, damaged) is made again and written again, with a line in the
+  // log; a cache that cannot be written costs a line and nothing else.
+  std::string cache_directory;
+  std::string source_digest;  // tells one source from another; a changed one finds no cache
 };
 
-// Packs a checkpoint that CheckTensors accepted. Errors name the tensor.
-StatusOr<std::shared_ptr<const Weights>> LoadCpuWeights(const Checkpoint& checkpoint,
-                                                        const ModelConfig& config,
+// Packs a checkpoint that CheckTensors accepted, tensor by tensor: beside the packed weights, a few MiB per
+// thread are in memory at a time. Errors name the tensor.
+StatusOr<std::shared_ptr<const Weights>> LoadCpuWeights(const TensorSource& source, const ModelConfig& config,
                                                         const CpuWeightsOptions& options);
 
 struct CpuBackendOptions {

@@ -10,9 +10,9 @@
 namespace millrace::engine {
 
 struct FfnWeights {
-  PackedMatrix gate;  // [width, hidden]
-  PackedMatrix up;    // [width, hidden]
-  PackedMatrix down;  // [hidden, width]
+  int32_t width = 0;     // inner columns; 0 = there is none
+  PackedMatrix gate_up;  // [2 * strips of width, hidden]: a strip of gate, a strip of up, ...
+  PackedMatrix down;     // [hidden, width]
 };
 
 struct LayerWeights {
@@ -25,8 +25,8 @@ struct LayerWeights {
   std::vector<float> query_norm;  // [head_dim], or empty
   std::vector<float> key_norm;    // [head_dim], or empty
   bool moe = false;
-  FfnWeights ffn;                  // dense layers; MoE layers: the shared expert (rows 0 when there is none)
-  PackedMatrix router;             // [experts, hidden], fp32 always
+  FfnWeights ffn;                  // dense layers; MoE layers: the shared expert
+  PackedMatrix router;             // [experts, hidden], never quantised: bf16 if stored so, else fp32
   std::vector<float> expert_bias;  // [experts], or empty
   std::vector<FfnWeights> experts;
 };
@@ -46,10 +46,11 @@ class CpuWeights : public Weights {
 
   ModelConfig config_;
   Precision precision_ = Precision::kBfloat16;
-  HugeMemory memory_;               // every matrix below points into it
-  const void* embedding = nullptr;  // [vocab, hidden] bf16 or fp32, not packed
-  PackedMatrix head;                // [vocab, hidden]; norm_head already applied
-  std::vector<float> final_norm;    // [hidden]
+  WeightFormat format_ = WeightFormat::kBf16;  // of every matrix but the router
+  HugeMemory memory_;                          // every matrix below points into it
+  const void* embedding = nullptr;             // [vocab, hidden] bf16 or fp32, not packed
+  PackedMatrix head;                           // [vocab, hidden]; norm_head already applied
+  std::vector<float> final_norm;               // [hidden]
   std::vector<LayerWeights> layers;
   std::vector<MtpWeights> mtp;  // none or one
 };

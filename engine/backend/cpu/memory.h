@@ -16,17 +16,20 @@ class HugeMemory {
   // ResourceExhausted names `what` and the bytes.
   static StatusOr<HugeMemory> Allocate(size_t bytes, const char* what);
   HugeMemory() = default;
-  HugeMemory(HugeMemory&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
+  HugeMemory(HugeMemory&& other) noexcept
+      : bytes_(std::exchange(other.bytes_, {})), mapping_(std::exchange(other.mapping_, {})) {}
   HugeMemory& operator=(HugeMemory&& other) noexcept {
     std::swap(bytes_, other.bytes_);
+    std::swap(mapping_, other.mapping_);
     return *this;
   }
   ~HugeMemory();
   std::span<std::byte> bytes() const { return bytes_; }
 
  private:
-  explicit HugeMemory(std::span<std::byte> bytes) : bytes_(bytes) {}
+  HugeMemory(std::span<std::byte> bytes, std::span<std::byte> mapping) : bytes_(bytes), mapping_(mapping) {}
   std::span<std::byte> bytes_;
+  std::span<std::byte> mapping_;
 };
 
 }  // namespace millrace::engine

@@ -3,184 +3,252 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "engine/backend/cpu/packing.h"
 
 namespace millrace::engine {
 namespace {
 
-constexpr int32_t kStripsPerTask = 4;  // 64 output rows
-
-int64_t TasksOf(const PackedMatrix& w) { return (w.strips() + kStripsPerTask - 1) / kStripsPerTask; }
+constexpr int32_t kBlockCols = kGroupCols;  // inner columns of a unit: one group of down's input
+constexpr int32_t kBlockStrips = 2 * kBlockCols / kStripRows;  // gate and up
+constexpr int32_t kUnitRowsMax = 256;                          // hot experts are split beyond that
+constexpr int32_t kUnitsPerThread = 8;  // at least, where the matrix has the strips for it
 
 int64_t WorkOf(const PackedMatrix& w, size_t rows) {
   return int64_t{w.rows} * w.cols * static_cast<int64_t>(rows);
 }
 
+// Strips per unit: even, since kernels read pairs.
+int32_t StripsPerUnit(int32_t strips, int threads) {
+  return std::clamp(strips / (threads * kUnitsPerThread), 2, 16) / 2 * 2;
+}
+
+bool IsInteger(WeightFormat format) { return format == WeightFormat::kInt8 || format == WeightFormat::kInt4; }
+
+int32_t BlocksOf(const FfnWeights& ffn) { return (ffn.width + kBlockCols - 1) / kBlockCols; }
+
 }  // namespace
 
-void ParallelGemm(ThreadPool& pool, GemmKernel kernel, const PackedMatrix& w, std::span<const float* const> x,
-                  std::span<float* const> y) {
+void ParallelGemm(ThreadPool& pool, const KernelTable& kernels, const PackedMatrix& w,
+                  std::span<const void* const> x, std::span<float* const> y, const float* scale) {
   MR_CHECK(x.size() == y.size());
   if (x.empty()) return;
-  pool.Run(TasksOf(w), WorkOf(w, x.size()), [&](int64_t task) {
-    const auto begin = static_cast<int32_t>(task) * kStripsPerTask;
-    kernel(w, begin, std::min(begin + kStripsPerTask, w.strips()), x.data(), y.data(),
-           static_cast<int32_t>(x.size()));
+  const auto gemm = kernels.gemm[static_cast<size_t>(w.format)];
+  const int32_t step = StripsPerUnit(w.strips, pool.num_threads());
+  const int32_t units = (w.strips + step - 1) / step;
+  pool.Run(units, WorkOf(w, x.size()), [&](int64_t unit, int) {
+    GemmArgs args{};
+    args.w = &w;
+    args.strip_begin = static_cast<int32_t>(unit) * step;
+    args.strip_end = std::min(args.strip_begin + step, w.strips);
+    args.x = x.data();
+    args.y = y.data();
+    args.y_offset = int64_t{args.strip_begin} * kStripRows;
+    args.scale = scale;
+    args.tokens = static_cast<int32_t>(x.size());
+    // Likely ours next: the other threads take those between.
+    const int64_t next = unit + pool.num_threads();
+    if (next < units) args.next = w.data + next * step * w.strip_bytes;
+    gemm(args);
   });
 }
 
-FfnRunner::FfnRunner(const ModelConfig& config, const KernelTable& kernels, bool bf16, int32_t rows_max,
-                     ThreadPool& pool)
+FfnRunner::FfnRunner(const ModelConfig& config, const KernelTable& kernels, WeightFormat format,
+                     int32_t rows_max, ThreadPool& pool)
     : config_(config),
       shape_(MakeRouterShape(config)),
       kernels_(kernels),
-      gemm_(bf16 ? kernels.gemm_bf16 : kernels.gemm_f32),
-      pool_(pool) {
+      format_(format),
+      pool_(pool),
+      router_logits_(FloatRows(rows_max, config.num_experts)),
+      inner_([&] {
+        const auto rows = static_cast<size_t>(rows_max);
+        const size_t moe = static_cast<size_t>(config.experts_per_token) *
+                               ActivationBytes(format, config.moe_intermediate_size) +
+                           ActivationBytes(format, config.shared_intermediate_size);
+        return rows * std::max(moe, ActivationBytes(format, config.intermediate_size));
+      }()) {
   const auto rows = static_cast<size_t>(rows_max);
-  const auto slots = rows * static_cast<size_t>(config.experts_per_token);
-  const auto experts = static_cast<size_t>(config.num_experts);
-  router_logits_.resize(rows * experts);
+  const size_t slots = rows * static_cast<size_t>(config.experts_per_token);
   expert_ids_.resize(slots);
   expert_weights_.resize(slots);
-  router_scratch_.resize(2 * experts + static_cast<size_t>(config.num_groups));
-  expert_out_.resize(slots * static_cast<size_t>(config.hidden_size));
-  const size_t moe_width = slots * static_cast<size_t>(config.moe_intermediate_size) +
-                           rows * static_cast<size_t>(config.shared_intermediate_size);
-  const size_t dense_width =
-      config.num_dense_layers > 0 ? rows * static_cast<size_t>(config.intermediate_size) : 0;
-  activations_.resize(2 * std::max(moe_width, dense_width));
-  for (auto* list : {&gate_rows_, &up_rows_, &out_rows_}) list->reserve(slots + rows);
-  rows_in_.reserve(slots + rows);
+  router_scratch_.assign(static_cast<size_t>(pool.num_threads()),
+                         std::vector<float>(2 * static_cast<size_t>(config.num_experts) +
+                                            static_cast<size_t>(config.num_groups)));
+  expert_begin_.resize(static_cast<size_t>(config.num_experts) + 1);
+  expert_next_.resize(static_cast<size_t>(config.num_experts));
+  in_rows_.reserve(slots + rows);
+  inner_rows_.reserve(slots + rows);
+  out_rows_.reserve(slots + rows);
+  row_scales_.reserve(slots + rows);
+  for (int t = 0; t < pool.num_threads(); ++t) gate_up_.push_back(FloatRows(kUnitRowsMax, 2 * kBlockCols));
+  jobs_.reserve(static_cast<size_t>(config.num_experts) + 1);
 }
 
-void FfnRunner::Run(const LayerWeights& layer, std::span<const float* const> x, std::span<float* const> out,
-                    const Trace& trace) {
+void FfnRunner::Run(const LayerWeights& layer, std::span<const void* const> normed,
+                    std::span<const void* const> x, std::span<float* const> residual, const Trace& trace) {
+  if (x.empty()) return;
   jobs_.clear();
-  rows_in_.clear();
-  gate_rows_.clear();
-  up_rows_.clear();
+  in_rows_.clear();
+  inner_rows_.clear();
   out_rows_.clear();
-  activations_used_ = 0;
-  if (!layer.moe) {
-    AddJob(layer.ffn, x, out);
-    return RunJobs();
+  row_scales_.clear();
+  inner_used_ = 0;
+  if (layer.moe) {
+    Route(layer, normed, trace);
+    GroupByExpert(layer, x, residual);
   }
-  Route(layer, x, trace);
-  GroupByExpert(layer, x);
-  if (layer.ffn.gate.rows > 0) AddJob(layer.ffn, x, out);  // the shared expert writes where the sum is made
+  if (layer.ffn.width > 0) AddJob(layer.ffn, x, residual);
   RunJobs();
-  Combine(layer, out);
 }
 
-void FfnRunner::Route(const LayerWeights& layer, std::span<const float* const> x, const Trace& trace) {
+void FfnRunner::Route(const LayerWeights& layer, std::span<const void* const> normed, const Trace& trace) {
   const auto experts = static_cast<size_t>(config_.num_experts);
   const auto top_k = static_cast<size_t>(config_.experts_per_token);
-  router_rows_.clear();
-  for (size_t t = 0; t < x.size(); ++t) router_rows_.push_back(router_logits_.data() + t * experts);
-  ParallelGemm(pool_, kernels_.gemm_f32, layer.router, x, router_rows_);
-  for (size_t t = 0; t < x.size(); ++t) {
-    const auto ids = std::span(expert_ids_).subspan(t * top_k, top_k);
-    RouteToken(shape_, {router_rows_[t], experts}, layer.expert_bias, router_scratch_, ids,
-               std::span(expert_weights_).subspan(t * top_k, top_k));
-    if (trace) trace(static_cast<int32_t>(t), ids);
+  ParallelGemm(pool_, kernels_, layer.router, normed, router_logits_.first(normed.size()));
+  pool_.Run(static_cast<int64_t>(normed.size()), static_cast<int64_t>(normed.size() * experts * top_k * 4),
+            [&](int64_t row, int thread) {
+              const auto t = static_cast<size_t>(row);
+              RouteToken(shape_, {router_logits_[t], experts}, layer.expert_bias,
+                         router_scratch_[static_cast<size_t>(thread)],
+                         std::span(expert_ids_).subspan(t * top_k, top_k),
+                         std::span(expert_weights_).subspan(t * top_k, top_k));
+            });
+  if (!trace) return;
+  for (size_t t = 0; t < normed.size(); ++t) {
+    trace(static_cast<int32_t>(t), std::span(expert_ids_).subspan(t * top_k, top_k));
   }
 }
 
 // Counting sort of (row, slot) by expert.
-void FfnRunner::GroupByExpert(const LayerWeights& layer, std::span<const float* const> x) {
-  const auto hidden = static_cast<size_t>(config_.hidden_size);
+void FfnRunner::GroupByExpert(const LayerWeights& layer, std::span<const void* const> x,
+                              std::span<float* const> residual) {
   const auto top_k = static_cast<size_t>(config_.experts_per_token);
   const size_t slots = x.size() * top_k;
-  expert_begin_.assign(layer.experts.size() + 1, 0);
+  std::fill(expert_begin_.begin(), expert_begin_.end(), 0);
   for (size_t s = 0; s < slots; ++s) ++expert_begin_[static_cast<size_t>(expert_ids_[s]) + 1];
-  for (size_t e = 0; e < layer.experts.size(); ++e) expert_begin_[e + 1] += expert_begin_[e];
-  std::vector<size_t> next(expert_begin_.begin(), expert_begin_.end() - 1);
-  rows_in_.resize(slots);
-  out_rows_.resize(slots);
-  gate_rows_.resize(slots);
-  up_rows_.resize(slots);
-  for (size_t s = 0; s < slots; ++s) {
-    const size_t place = next[static_cast<size_t>(expert_ids_[s])]++;
-    rows_in_[place] = x[s / top_k];
-    out_rows_[place] = expert_out_.data() + s * hidden;
-  }
-  const auto width = static_cast<size_t>(config_.moe_intermediate_size);
-  for (size_t place = 0; place < slots; ++place) {
-    gate_rows_[place] = activations_.data() + 2 * place * width;
-    up_rows_[place] = gate_rows_[place] + width;
-  }
-  activations_used_ = 2 * slots * width;
   for (size_t e = 0; e < layer.experts.size(); ++e) {
-    const size_t count = expert_begin_[e + 1] - expert_begin_[e];
+    expert_begin_[e + 1] += expert_begin_[e];
+    expert_next_[e] = expert_begin_[e];
+  }
+  const size_t inner_bytes = ActivationBytes(format_, config_.moe_intermediate_size);
+  in_rows_.resize(slots);
+  inner_rows_.resize(slots);
+  out_rows_.resize(slots);
+  row_scales_.resize(slots);
+  for (size_t s = 0; s < slots; ++s) {
+    const auto place = static_cast<size_t>(expert_next_[static_cast<size_t>(expert_ids_[s])]++);
+    in_rows_[place] = x[s / top_k];
+    inner_rows_[place] = inner_.data() + place * inner_bytes;
+    out_rows_[place] = residual[s / top_k];
+    row_scales_[place] = expert_weights_[s];
+  }
+  inner_used_ = slots * inner_bytes;
+  for (size_t e = 0; e < layer.experts.size(); ++e) {
+    const int32_t count = expert_begin_[e + 1] - expert_begin_[e];
     if (count > 0) jobs_.push_back({&layer.experts[e], expert_begin_[e], count});
   }
 }
 
-void FfnRunner::AddJob(const FfnWeights& ffn, std::span<const float* const> x, std::span<float* const> out) {
-  const auto width = static_cast<size_t>(ffn.gate.rows);
-  jobs_.push_back({&ffn, rows_in_.size(), x.size()});
-  for (size_t t = 0; t < x.size(); ++t) {
-    rows_in_.push_back(x[t]);
-    out_rows_.push_back(out[t]);
-    gate_rows_.push_back(activations_.data() + activations_used_);
-    up_rows_.push_back(gate_rows_.back() + width);
-    activations_used_ += 2 * width;
-  }
-  MR_CHECK(activations_used_ <= activations_.size());
+void FfnRunner::AddJob(const FfnWeights& ffn, std::span<const void* const> x,
+                       std::span<float* const> residual) {
+  const size_t inner_bytes = ActivationBytes(format_, ffn.width);
+  jobs_.push_back({&ffn, static_cast<int32_t>(in_rows_.size()), static_cast<int32_t>(x.size())});
+  for (size_t t = 0; t < x.size(); ++t) AddRow(x[t], residual[t], 1.0f, inner_bytes);
 }
 
-// Two passes with one barrier between: gate, up and SwiGLU; then down.
+void FfnRunner::AddRow(const void* x, float* residual, float scale, size_t inner_bytes) {
+  MR_CHECK(inner_used_ + inner_bytes <= inner_.size());
+  in_rows_.push_back(x);
+  inner_rows_.push_back(inner_.data() + inner_used_);
+  out_rows_.push_back(residual);
+  row_scales_.push_back(scale);
+  inner_used_ += inner_bytes;
+}
+
 void FfnRunner::RunJobs() {
-  std::vector<std::pair<const Job*, int32_t>> tasks;  // (job, first strip)
+  units_.clear();
   int64_t work = 0;
-  const auto plan = [&](auto matrix_of) {
-    tasks.clear();
-    work = 0;
-    for (const Job& job : jobs_) {
-      const PackedMatrix& w = matrix_of(*job.ffn);
-      for (int32_t strip = 0; strip < w.strips(); strip += kStripsPerTask) tasks.emplace_back(&job, strip);
-      work += WorkOf(w, job.count);
+  for (size_t j = 0; j < jobs_.size(); ++j) {
+    const Job& job = jobs_[j];
+    for (int32_t first = 0; first < job.count; first += kUnitRowsMax) {
+      for (int32_t block = 0; block < BlocksOf(*job.ffn); ++block) {
+        units_.push_back(
+            {static_cast<int32_t>(j), block, job.first + first, std::min(kUnitRowsMax, job.count - first)});
+      }
     }
-  };
-  plan([](const FfnWeights& ffn) -> const PackedMatrix& { return ffn.gate; });
-  pool_.Run(static_cast<int64_t>(tasks.size()), 2 * work, [&](int64_t i) {
-    const auto& [job, strip] = tasks[static_cast<size_t>(i)];
-    const PackedMatrix& gate = job->ffn->gate;
-    const int32_t end = std::min(strip + kStripsPerTask, gate.strips());
-    const auto count = static_cast<int32_t>(job->count);
-    const float* const* in = rows_in_.data() + job->first;
-    gemm_(gate, strip, end, in, gate_rows_.data() + job->first, count);
-    gemm_(job->ffn->up, strip, end, in, up_rows_.data() + job->first, count);
-    const int32_t row = strip * kStripRows;
-    const int32_t rows = std::min(end * kStripRows, gate.rows) - row;
-    for (size_t r = job->first; r < job->first + job->count; ++r) {
-      kernels_.swiglu(gate_rows_[r] + row, up_rows_[r] + row, rows);
+    work += WorkOf(job.ffn->gate_up, static_cast<size_t>(job.count));
+  }
+  const auto num_units = static_cast<int64_t>(units_.size());
+  pool_.Run(num_units, work, [&](int64_t i, int thread) {
+    const int64_t likely_next = i + pool_.num_threads();
+    const char* next = nullptr;
+    if (likely_next < num_units) {
+      const Unit& unit = units_[static_cast<size_t>(likely_next)];
+      const PackedMatrix& w = jobs_[static_cast<size_t>(unit.job)].ffn->gate_up;
+      next = w.data + int64_t{unit.block} * kBlockStrips * w.strip_bytes;
     }
+    GateUp(units_[static_cast<size_t>(i)], next, thread);
   });
-  plan([](const FfnWeights& ffn) -> const PackedMatrix& { return ffn.down; });
-  pool_.Run(static_cast<int64_t>(tasks.size()), work, [&](int64_t i) {
-    const auto& [job, strip] = tasks[static_cast<size_t>(i)];
-    const PackedMatrix& down = job->ffn->down;
-    gemm_(down, strip, std::min(strip + kStripsPerTask, down.strips()), gate_rows_.data() + job->first,
-          out_rows_.data() + job->first, static_cast<int32_t>(job->count));
+
+  const PackedMatrix& down = jobs_.front().ffn->down;
+  const int32_t step = StripsPerUnit(down.strips, pool_.num_threads());
+  const int32_t units = (down.strips + step - 1) / step;
+  pool_.Run(units, work / 2, [&](int64_t unit, int) {
+    const int64_t likely_next = unit + pool_.num_threads();
+    const char* next = likely_next < units ? down.data + likely_next * step * down.strip_bytes : nullptr;
+    const auto begin = static_cast<int32_t>(unit) * step;
+    Down(begin, std::min(begin + step, down.strips), next);
   });
 }
 
-// Routed experts in order of choice, then the shared expert: one order, whatever else is in the batch.
-void FfnRunner::Combine(const LayerWeights& layer, std::span<float* const> out) {
-  const auto hidden = static_cast<size_t>(config_.hidden_size);
-  const auto top_k = static_cast<size_t>(config_.experts_per_token);
-  const bool shared = layer.ffn.gate.rows > 0;
-  pool_.Run(static_cast<int64_t>(out.size()), static_cast<int64_t>(out.size() * top_k * hidden),
-            [&](int64_t row) {
-              const auto t = static_cast<size_t>(row);
-              for (size_t d = 0; d < hidden; ++d) {
-                float sum = 0;
-                for (size_t slot = 0; slot < top_k; ++slot) {
-                  sum += expert_weights_[t * top_k + slot] * expert_out_[(t * top_k + slot) * hidden + d];
-                }
-                out[t][d] = shared ? sum + out[t][d] : sum;
-              }
-            });
+void FfnRunner::GateUp(const Unit& unit, const char* next, int thread) {
+  const FfnWeights& ffn = *jobs_[static_cast<size_t>(unit.job)].ffn;
+  const Rows& sums = gate_up_[static_cast<size_t>(thread)];
+  GemmArgs args{};
+  args.w = &ffn.gate_up;
+  args.strip_begin = unit.block * kBlockStrips;
+  args.strip_end = std::min(args.strip_begin + kBlockStrips, ffn.gate_up.strips);
+  args.x = in_rows_.data() + unit.first;
+  args.y = sums.first(static_cast<size_t>(unit.count)).data();
+  args.tokens = unit.count;
+  args.next = next;
+  kernels_.gemm[static_cast<size_t>(format_)](args);
+  const int32_t cols = (args.strip_end - args.strip_begin) / 2 * kStripRows;
+  for (int32_t r = 0; r < unit.count; ++r) {
+    const float* const gate_up = sums[static_cast<size_t>(r)];
+    void* const inner = inner_rows_[static_cast<size_t>(unit.first + r)];
+    if (!IsInteger(format_)) {
+      kernels_.swiglu(gate_up, cols, static_cast<float*>(inner) + int64_t{unit.block} * kBlockCols);
+      continue;
+    }
+    float values[kBlockCols];
+    kernels_.swiglu(gate_up, cols, values);
+    auto* const row = static_cast<int8_t*>(inner);
+    auto* const groups = reinterpret_cast<ActivationGroup*>(row + int64_t{ffn.down.groups} * kGroupCols);
+    kernels_.quantize(values, cols, row + int64_t{unit.block} * kBlockCols, groups + unit.block);
+  }
+}
+
+void FfnRunner::Down(int32_t strip_begin, int32_t strip_end, const char* next) {
+  for (size_t j = 0; j < jobs_.size(); ++j) {
+    const Job& job = jobs_[j];
+    GemmArgs args{};
+    args.w = &job.ffn->down;
+    args.strip_begin = strip_begin;
+    args.strip_end = strip_end;
+    args.x = inner_rows_.data() + job.first;
+    args.y = out_rows_.data() + job.first;
+    args.y_offset = int64_t{strip_begin} * kStripRows;
+    args.scale = row_scales_.data() + job.first;
+    args.tokens = job.count;
+    if (j + 1 < jobs_.size()) {
+      const PackedMatrix& following = jobs_[j + 1].ffn->down;
+      args.next = following.data + int64_t{strip_begin} * following.strip_bytes;
+    } else {
+      args.next = next;
+    }
+    kernels_.gemm[static_cast<size_t>(format_)](args);
+  }
 }
 
 }  // namespace millrace::engine

@@ -1,0 +1,8 @@
+#pragma once
+
+namespace millrace::test {
+
+void TestGroupedGemm();
+void TestAttention();
+
+}  // namespace millrace::test

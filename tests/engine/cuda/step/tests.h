@@ -1,0 +1,10 @@
+#pragma once
+// Each runs its checks and counts them in support.h.
+
+namespace millrace::test {
+
+void TestStepKernels();
+void TestSampling();
+void TestStepRunner();
+
+}  // namespace millrace::test

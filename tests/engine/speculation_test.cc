@@ -1,0 +1,117 @@
+#include "engine/scheduler/speculation.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "tests/engine/test_engine.h"
+
+namespace millrace::engine {
+namespace {
+
+using std::chrono::milliseconds;
+
+EngineOptions Speculating() {
+  EngineOptions options = Options();
+  options.speculate = true;
+  return options;
+}
+
+// Whatever the drafts were, the tokens are those of sampling alone; and a right draft saves a step.
+TEST(Speculation, ChangesNoTokenAndSavesSteps) {
+  for (const float temperature : {0.0f, 0.7f, 1.5f}) {
+    for (const int32_t prompt_tokens : {1, 63, 64, 65, 128, 500}) {
+      TestEngine engine(30, Speculating());
+      EngineRequest request = Request(static_cast<RequestId>(prompt_tokens), prompt_tokens, 150);
+      request.sampling.temperature = temperature;
+      request.sampling.top_p = 0.9f;
+      request.sampling.repetition_penalty = 1.1f;
+      ExpectAnswer(request, *engine.Generate(request));
+      const EngineStats stats = engine.Settled();
+      EXPECT_GT(stats.drafted_tokens, 0u);
+      EXPECT_GT(stats.accepted_tokens, stats.drafted_tokens / 2);
+      EXPECT_LE(stats.accepted_tokens, stats.drafted_tokens);
+      EXPECT_EQ(stats.output_tokens, 150u);
+      EXPECT_LT(stats.steps, 150u - stats.accepted_tokens / 2);
+      EXPECT_EQ(engine.backend->wrong_mtp_rows(), 0);
+      engine.ExpectAllFree();
+    }
+  }
+}
+
+TEST(Speculation, HoldsInBatchesWithStopTokensAndPreemption) {
+  EngineOptions options = Speculating();
+  options.running_max = 6;
+  TestEngine engine(12, options);
+  std::vector<std::pair<EngineRequest, std::shared_ptr<Recording>>> live;
+  for (RequestId id = 1; id <= 30; ++id) {
+    EngineRequest request =
+        Request(id, static_cast<int32_t>(1 + id * 17 % 200), static_cast<int32_t>(1 + id * 11 % 90));
+    request.sampling.ignore_eos = id % 2 == 0;
+    live.emplace_back(request, engine.Generate(request));
+  }
+  for (auto& [request, recording] : live) ExpectAnswer(request, *recording);
+  EXPECT_GT(engine.Settled().accepted_tokens, 0u);
+  EXPECT_EQ(engine.backend->wrong_mtp_rows(), 0);
+  engine.ExpectAllFree();
+}
+
+// The MTP layer's KV and the last row's hidden state come with the prompt: the decode worker drafts at once.
+TEST(Speculation, CrossesFromPrefillToDecode) {
+  for (const int32_t prompt_tokens : {1, 64, 65, 300}) {
+    for (const bool with_hidden : {true, false}) {
+      TestEngine prefill(20, Speculating()), decode(20, Speculating());
+      const EngineRequest request = Request(5, prompt_tokens, 60);
+      const auto first = prefill.Prefill(request);
+      const auto answer = decode.BeginImport(request);
+      const auto granted = decode.Grant(5, PagesFor(prompt_tokens));
+      ASSERT_TRUE(granted.ok());
+      ASSERT_EQ(first->AwaitEnd(), OkStatus());
+      ASSERT_EQ(first->mtp_hidden().size(), static_cast<size_t>(kFakeHidden));
+      const KvLayout& a = prefill.engine->kv_layout();
+      const KvLayout& b = decode.engine->kv_layout();
+      for (const LayerEvent& event : first->layers()) {
+        for (size_t i = 0; i < event.pages.size(); ++i) {
+          const PageId to = (*granted)[static_cast<size_t>(event.first_page) + i];
+          std::memcpy(decode.engine->kv_memory().data() + b.piece_offset(event.layer, to),
+                      prefill.engine->kv_memory().data() + a.piece_offset(event.layer, event.pages[i]),
+                      a.piece_bytes());
+        }
+      }
+      prefill.engine->ReleaseTicket(5);
+      SampledToken token;
+      token.token = first->tokens()[0];
+      decode.engine->FinishImport(5, token, false, with_hidden ? first->mtp_hidden() : std::vector<float>());
+      decode.engine->ReleaseTicket(5);
+      ExpectAnswer(request, *answer);
+      EXPECT_EQ(decode.Settled().accepted_tokens > 0, with_hidden);
+      EXPECT_EQ(decode.backend->wrong_mtp_rows(), 0);
+    }
+  }
+}
+
+TEST(SpeculationGauge, TakesTheFasterWayAndLooksAgain) {
+  for (const bool drafts_pay : {true, false}) {
+    SpeculationGauge gauge;
+    bool pay = drafts_pay;
+    int drafted = 0, steps = 0;
+    const auto run = [&](int count) {
+      drafted = 0;
+      for (steps = 0; steps < count; ++steps) {
+        const bool use = gauge.Use(3);
+        drafted += use;
+        gauge.OnStep(3, use ? 3 : 0, use, use ? 5 : 3, use ? milliseconds(pay ? 12 : 30) : milliseconds(10));
+      }
+    };
+    run(2000);
+    EXPECT_EQ(drafted > 1000, drafts_pay) << drafted;
+    EXPECT_LT(std::min(drafted, steps - drafted), 100) << "trials and probes are few";
+    pay = !pay;
+    run(20'000);
+    run(2000);
+    EXPECT_EQ(drafted > 1000, !drafts_pay) << drafted;
+  }
+}
+
+}  // namespace
+}  // namespace millrace::engine

@@ -1,0 +1,347 @@
+#include "tests/sim/scenario.h"
+
+#include <algorithm>
+
+#include "transfer/intent_list.h"
+#include "transfer/peer.h"
+
+namespace millrace::sim {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+using transfer::TicketId;
+
+constexpr uint64_t kBlocks = 512;  // of either side's memory
+constexpr uint64_t kSenderEpoch = 77;
+constexpr Duration kFaultsEnd = milliseconds(600);
+// After the last fault: every path is up again within kHealed, and nothing is left undone.
+constexpr Duration kHealed = std::chrono::seconds(2);
+
+// A ticket's life: several requests to the same blocks, one after the other, then the close; or an abort
+// midway.
+struct Job {
+  TicketId ticket = 0;
+  uint64_t first = 0, count = 0;  // blocks
+  int requests_left = 0;
+  int pending = 0;
+  bool aborted = false;  // the sender was told to stop
+  bool closing = false;  // its receiver closes the ticket
+  uint64_t receiver_epoch = 0;
+};
+
+class Schedule {
+ public:
+  Schedule(uint64_t seed, Bug bug) : random_(seed), bug_(bug) {
+    options_.queued_bytes_max = uint64_t{1} << 40;
+    options_.connections_per_path = 1;
+    sources_.base = reinterpret_cast<std::byte*>(uint64_t{1} << 41);
+    memory_ = std::make_shared<transfer::MemoryTable>();
+    region_ = memory_->Register({sources_.base, kBlocks * kBlock}, true);
+    rails_.resize(1 + random_.Below(4));
+    for (Rail& rail : rails_) {
+      rail.bytes_per_second = 1e8 * static_cast<double>(1 + random_.Below(20));
+      rail.delay = microseconds(10 + random_.Below(300));
+    }
+    StartReceiver();
+    const uint64_t jobs = 3 + random_.Below(6);
+    for (uint64_t i = 0; i < jobs; ++i)
+      world_.After(microseconds(random_.Below(500'000)), [this] { StartJob(); });
+    const uint64_t faults = random_.Below(6);
+    for (uint64_t i = 0; i < faults; ++i) PlanFault();
+    world_.After(milliseconds(50), [this] { Watch(); });
+  }
+
+  ~Schedule() {
+    peers_.clear();
+    for (const auto& receiver : receivers_) receiver->Die();
+  }
+
+  Outcome Run() {
+    const TimePoint end = world_.Now() + kFaultsEnd + kHealed;
+    TimePoint next{};
+    while (checks_.violation.empty()) {
+      for (const auto& peer : peers_) next = std::min(next, peer->Tick(world_.Now()));
+      const TimePoint until = std::min(next, end);
+      next = kNoDeadline;
+      if (!world_.Step(until) && world_.Now() >= end) break;
+    }
+    if (checks_.violation.empty()) CheckEnd();
+    Outcome outcome;
+    outcome.violation = checks_.violation;
+    outcome.steps = world_.steps();
+    outcome.requests_ok = ok_;
+    outcome.requests_failed = failed_;
+    std::vector<transfer::PathSnapshot> paths;
+    for (const auto& peer : peers_) peer->Describe(&paths);
+    for (const auto& path : paths) {
+      outcome.trips += path.trips;
+      outcome.slices_hedged += path.slices_hedged;
+    }
+    for (const auto& receiver : receivers_) outcome.slices_superseded += receiver->landing.num_superseded();
+    return outcome;
+  }
+
+ private:
+  Receiver& receiver() { return *receivers_.back(); }
+  transfer::Peer& peer() { return *peers_.back(); }
+
+  void StartReceiver() {
+    const uint64_t epoch = bug_ == Bug::kReusedEpoch ? 1000 : 1000 + receivers_.size();
+    receivers_.push_back(std::make_unique<Receiver>(&world_, &checks_, bug_, epoch, kBlocks));
+    peers_.push_back(std::make_unique<transfer::Peer>(1, epoch, "sim", &options_, &world_, random_.Next()));
+    for (size_t i = 0; i <= rails_.size(); ++i) {
+      const bool control = i == rails_.size();
+      Rail* const rail = &rails_[control ? 0 : i];
+      peer().AddPath(std::make_unique<SimPath>(&world_, rail, &receiver(), &sources_, kSenderEpoch, &random_,
+                                               fmt::format("rail{}", i), control));
+    }
+  }
+
+  // Takes free blocks of the receiver for a ticket.
+  bool TakeBlocks(uint64_t count, uint64_t* first) {
+    for (int tries = 0; tries < 10; ++tries) {
+      *first = random_.Below(kBlocks - count);
+      bool free = true;
+      for (uint64_t b = *first; b < *first + count; ++b) free = free && !taken_[b];
+      if (free) return true;
+    }
+    return false;
+  }
+
+  void StartJob() {
+    auto job = std::make_shared<Job>();
+    job->count = 1 + random_.Below(40);
+    if (receiver().dead || !TakeBlocks(job->count, &job->first)) return;
+    for (uint64_t b = job->first; b < job->first + job->count; ++b) {
+      taken_[b] = true;
+      receiver().guarded[b] = false;
+    }
+    auto ticket =
+        receiver().memory.Open(kSenderEpoch, {{receiver().region, job->first * kBlock, job->count * kBlock}});
+    job->ticket = *ticket;
+    job->receiver_epoch = receiver().epoch;
+    job->requests_left = static_cast<int>(1 + random_.Below(6));
+    ++jobs_open_;
+    if (random_.Below(3) == 0) {
+      Receiver* const owner = &receiver();
+      transfer::Peer* const to = &peer();
+      world_.After(microseconds(random_.Below(100'000)), [this, job, owner, to] {
+        if (job->closing || owner->dead) return;
+        job->requests_left = 0;
+        // Either side first: the owner of the memory may close while the sender knows nothing of it.
+        job->aborted = true;
+        if (random_.Below(2) == 0) to->queue().Cancel(job->ticket, [] {});
+        Close(job, owner);
+      });
+    }
+    Next(job, &receiver(), &peer());
+  }
+
+  void Next(const std::shared_ptr<Job>& job, Receiver* owner, transfer::Peer* to) {
+    if (job->requests_left == 0 || owner->dead) {
+      if (!job->closing) Close(job, owner);
+      return;
+    }
+    --job->requests_left;
+    const uint64_t stamp = ++next_stamp_;
+    uint64_t source = 0;
+    if (!TakeSource(job->count, stamp, &source)) return Close(job, owner);
+    transfer::Request request;
+    request.ticket = job->ticket;
+    request.priority = static_cast<int32_t>(random_.Below(3));
+    request.deadline = kNoDeadline;
+    // Some requests are one run, some one intent for each block, in any order.
+    std::vector<transfer::Intent> intents;
+    if (random_.Below(2) == 0) {
+      intents.push_back(
+          {{region_, source * kBlock, job->count * kBlock}, owner->region, job->first * kBlock});
+    } else {
+      for (uint64_t b = job->count; b-- > 0;)
+        intents.push_back(
+            {{region_, (source + b) * kBlock, kBlock}, owner->region, (job->first + b) * kBlock});
+    }
+    auto list = transfer::IntentList::Create(memory_, std::move(intents));
+    ++job->pending;
+    ++pending_;
+    const TimePoint began = world_.Now();
+    to->Add(std::move(request), *std::move(list), [=, this](Status status) {
+      --job->pending;
+      --pending_;
+      FreeSource(job->count, source);
+      CheckDone(*job, owner, stamp, status, began);
+      // Sometimes at once, sometimes late: what was written stays until somebody writes anew.
+      const uint64_t pause = random_.Below(2) == 0 ? random_.Below(2'000) : random_.Below(60'000);
+      world_.After(microseconds(pause), [=, this] {
+        if (to->lost()) return Abandon(job, owner);
+        if (status.ok()) CheckStamps(*job, owner, stamp, began);
+        Next(job, owner, to);
+      });
+    });
+  }
+
+  bool TakeSource(uint64_t count, uint64_t stamp, uint64_t* first) {
+    for (int tries = 0; tries < 20; ++tries) {
+      *first = random_.Below(kBlocks - count);
+      bool free = true;
+      for (uint64_t b = *first; b < *first + count; ++b) free = free && !sources_.busy.contains(b);
+      if (!free) continue;
+      for (uint64_t b = *first; b < *first + count; ++b) {
+        sources_.busy.insert(b);
+        sources_.stamp_of_block[b] = stamp;
+      }
+      return true;
+    }
+    return false;
+  }
+  void FreeSource(uint64_t count, uint64_t first) {
+    for (uint64_t b = first; b < first + count; ++b) {
+      sources_.busy.erase(b);
+      sources_.stamp_of_block[b] = ++next_stamp_;  // it is reused at once
+    }
+  }
+
+  void CheckDone(const Job& job, Receiver* owner, uint64_t stamp, const Status& status, TimePoint began) {
+    if (!status.ok()) {
+      ++failed_;
+      const bool expected =
+          owner->dead || (job.aborted && (status.code() == absl::StatusCode::kCancelled ||
+                                          status.code() == absl::StatusCode::kPermissionDenied));
+      if (!expected)
+        checks_.Fail(world_, fmt::format("a request failed though a rail lived: {}", Message(status)));
+      return;
+    }
+    ++ok_;
+    CheckStamps(job, owner, stamp, began);
+  }
+
+  void CheckStamps(const Job& job, Receiver* owner, uint64_t stamp, TimePoint began) {
+    // The ticket may be closed and its blocks given to others by now.
+    if (job.closing || owner->dead) return;
+    for (uint64_t b = job.first; b < job.first + job.count; ++b) {
+      if (owner->stamps[b] != stamp)
+        checks_.Fail(world_,
+                     fmt::format("a request that began at {:.6f} is done, but block {} has stamp {}, not {}",
+                                 Seconds(began.time_since_epoch()), b, owner->stamps[b], stamp));
+    }
+  }
+
+  void Close(const std::shared_ptr<Job>& job, Receiver* owner) {
+    if (job->closing) return;
+    job->closing = true;
+    if (owner->dead) return Abandon(job, owner);
+    owner->memory.Close(job->ticket, [=, this] {
+      if (owner->dead) return;
+      for (uint64_t b = job->first; b < job->first + job->count; ++b) {
+        owner->guarded[b] = true;
+        taken_[b] = false;
+      }
+      --jobs_open_;
+    });
+  }
+
+  // Its receiver is gone, and the memory with it.
+  void Abandon(const std::shared_ptr<Job>& job, Receiver* owner) {
+    if (!owner->dead) return Close(job, owner);
+    job->closing = true;
+  }
+
+  void PlanFault() {
+    Rail* const rail = &rails_[random_.Below(rails_.size())];
+    const TimePoint begin = world_.Now() + microseconds(random_.Below(400'000));
+    const TimePoint end =
+        std::min(begin + microseconds(1'000 + random_.Below(200'000)), world_.Now() + kFaultsEnd);
+    const auto cut = [rail](bool on) {
+      rail->cut = on;
+      if (!on) return;
+      const auto paths = rail->paths;
+      for (SimPath* const path : paths) path->Cut();
+    };
+    switch (random_.Below(7)) {
+      case 0:
+        world_.At(begin, [cut] { cut(true); });
+        world_.At(end, [cut] { cut(false); });
+        break;
+      case 1:
+      case 2:
+        world_.At(begin, [rail] { rail->black_hole = true; });
+        world_.At(end, [rail] { rail->black_hole = false; });
+        break;
+      case 3: {
+        const double factor = 0.02 + 0.5 * random_.Uniform();
+        world_.At(begin, [rail, factor] { rail->factor = factor; });
+        world_.At(end, [rail] { rail->factor = 1; });
+        break;
+      }
+      case 4:
+        world_.At(begin, [rail] { rail->damage = 0.3; });
+        world_.At(end, [rail] { rail->damage = 0; });
+        break;
+      case 5:
+        for (TimePoint at = begin; at < end; at += milliseconds(40)) {
+          world_.At(at, [cut] { cut(true); });
+          world_.At(std::min(end, at + milliseconds(15)), [cut] { cut(false); });
+        }
+        break;
+      default:
+        if (random_.Below(3) != 0 || restart_planned_) break;
+        restart_planned_ = true;
+        world_.At(begin, [this] { Restart(); });
+    }
+  }
+
+  void Restart() {
+    Receiver* const old = &receiver();
+    old->Die();
+    std::fill(taken_.begin(), taken_.end(), false);
+    jobs_open_ = 0;
+    StartReceiver();
+    old->successor = &receiver();
+    const uint64_t jobs = 1 + random_.Below(3);
+    for (uint64_t i = 0; i < jobs; ++i)
+      world_.After(microseconds(random_.Below(100'000)), [this] { StartJob(); });
+  }
+
+  void Watch() {
+    receiver().Watch();
+    world_.After(milliseconds(50), [this] { Watch(); });
+  }
+
+  void CheckEnd() {
+    if (pending_ > 0) checks_.Fail(world_, fmt::format("{} requests never ended", pending_));
+    if (jobs_open_ > 0) checks_.Fail(world_, fmt::format("{} tickets never drained", jobs_open_));
+    if (receiver().memory.num_open() > 0) checks_.Fail(world_, "the receiver holds tickets that are over");
+    if (peer().queue().num_slices() > 0) checks_.Fail(world_, "the sender holds slices that are over");
+    std::vector<transfer::PathSnapshot> paths;
+    peer().Describe(&paths);
+    for (const auto& path : paths) {
+      if (path.state != "up")
+        checks_.Fail(world_, fmt::format("{} is {} ({}) long after the last fault", path.local_rail,
+                                         path.state, path.reason));
+      if (path.bytes_in_flight > 0) checks_.Fail(world_, "bytes are in flight though nothing is");
+    }
+    if (!memory_->Deregister(region_).ok()) checks_.Fail(world_, "the sender's region is still in use");
+  }
+
+  World world_;
+  Random random_;
+  const Bug bug_;
+  Checks checks_;
+  transfer::Options options_;
+  Sources sources_;
+  std::shared_ptr<transfer::MemoryTable> memory_;  // shared with intent lists
+  transfer::RegionId region_ = 0;
+  std::vector<Rail> rails_;
+  std::vector<std::unique_ptr<Receiver>> receivers_;
+  std::vector<std::unique_ptr<transfer::Peer>> peers_;
+  std::vector<bool> taken_ = std::vector<bool>(kBlocks);
+  uint64_t next_stamp_ = 0;
+  int pending_ = 0, jobs_open_ = 0, ok_ = 0, failed_ = 0;
+  bool restart_planned_ = false;
+};
+
+}  // namespace
+
+Outcome RunSchedule(uint64_t seed, Bug bug) { return Schedule(seed, bug).Run(); }
+
+}  // namespace millrace::sim

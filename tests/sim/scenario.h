@@ -1,0 +1,25 @@
+#pragma once
+// One random schedule: a sender and a receiver joined by one to four rails, tickets that are granted, written
+// to (the same places again and again), aborted and closed, faults for a while, then none. Checkers watch
+// throughout.
+
+#include <string>
+
+#include "tests/sim/model.h"
+
+namespace millrace::sim {
+
+struct Outcome {
+  std::string violation;  // empty: none
+  uint64_t steps = 0;
+  int requests_ok = 0;
+  int requests_failed = 0;  // cancelled, refused after their ticket was closed, or lost with the process
+  uint64_t trips = 0;
+  uint64_t slices_hedged = 0;
+  uint64_t slices_superseded = 0;
+};
+
+// The same seed gives the same schedule and the same outcome.
+Outcome RunSchedule(uint64_t seed, Bug bug = Bug::kNone);
+
+}  // namespace millrace::sim

@@ -1,0 +1,92 @@
+// Random fault schedules over the production scheduler, health and ticket code; and planted bugs that the
+// checkers must find.
+#include <gtest/gtest.h>
+
+#include "base/log.h"
+#include "tests/sim/goodput.h"
+#include "tests/sim/scenario.h"
+
+namespace millrace::sim {
+namespace {
+
+void Quiet() { ASSERT_TRUE(ConfigureLog({.level = "error", .format = "text"}).ok()); }
+
+TEST(Simulation, RandomSchedulesViolateNothing) {
+  Quiet();
+  const char* const wanted = std::getenv("MILLRACE_SIM_SCHEDULES");
+  const uint64_t count = wanted != nullptr ? std::strtoull(wanted, nullptr, 10) : 1500;
+  const char* const from = std::getenv("MILLRACE_SIM_FIRST_SEED");
+  const uint64_t first = from != nullptr ? std::strtoull(from, nullptr, 10) : 1;
+  Outcome sum;
+  for (uint64_t seed = first; seed < first + count; ++seed) {
+    const Outcome outcome = RunSchedule(seed);
+    ASSERT_EQ(outcome.violation, "") << "seed " << seed;
+    sum.steps += outcome.steps;
+    sum.requests_ok += outcome.requests_ok;
+    sum.requests_failed += outcome.requests_failed;
+    sum.trips += outcome.trips;
+    sum.slices_hedged += outcome.slices_hedged;
+    sum.slices_superseded += outcome.slices_superseded;
+  }
+  std::printf(
+      "%llu schedules: %llu events, %d requests done, %d cancelled or lost with their process, %llu outages, "
+      "%llu slices hedged, %llu copies superseded\n",
+      static_cast<unsigned long long>(count), static_cast<unsigned long long>(sum.steps), sum.requests_ok,
+      sum.requests_failed, static_cast<unsigned long long>(sum.trips),
+      static_cast<unsigned long long>(sum.slices_hedged),
+      static_cast<unsigned long long>(sum.slices_superseded));
+  // Otherwise the schedules show nothing.
+  EXPECT_GT(sum.trips, count / 4);
+  EXPECT_GT(sum.slices_hedged, 0U);
+  EXPECT_GT(sum.slices_superseded, 0U);
+}
+
+TEST(Simulation, ASeedReplaysExactly) {
+  Quiet();
+  for (uint64_t seed = 1; seed <= 100; ++seed) {
+    const Outcome a = RunSchedule(seed), b = RunSchedule(seed);
+    EXPECT_EQ(a.steps, b.steps);
+    EXPECT_EQ(a.requests_ok, b.requests_ok);
+    EXPECT_EQ(a.slices_hedged, b.slices_hedged);
+  }
+}
+
+// The picture's claim: README shows it, `sim_report` draws it.
+TEST(Simulation, LateBindingIsBackWithin50MsAndEarlyBindersAreNot) {
+  Quiet();
+  const OutagePlan plan;
+  for (const Policy policy : {Policy::kLateBinding, Policy::kRoundRobin, Policy::kStaticSplit}) {
+    const auto goodput = GoodputThroughOutage(policy, plan);
+    const Duration took = TimeToRecover(goodput, plan, 0.9);
+    const auto before = static_cast<size_t>(plan.begins / plan.bin) - 1;
+    std::printf("%-12s %.2f GB/s before; 90 %% of the rest back after %.0f ms\n", Name(policy),
+                goodput[before] / 1e9, Seconds(took) * 1e3);
+    EXPECT_GE(goodput[before], 0.95 * plan.bytes_per_second * plan.rails) << Name(policy);
+    if (policy == Policy::kLateBinding) {
+      EXPECT_LT(took, std::chrono::milliseconds(50));
+      EXPECT_GE(goodput.back(), 0.95 * plan.bytes_per_second * plan.rails) << "back on the healed rail";
+    } else {
+      EXPECT_GT(took, std::chrono::milliseconds(300)) << Name(policy);
+    }
+  }
+}
+
+class PlantedBug : public testing::TestWithParam<Bug> {};
+
+TEST_P(PlantedBug, IsFound) {
+  Quiet();
+  for (uint64_t seed = 1; seed <= 2000; ++seed) {
+    const Outcome outcome = RunSchedule(seed, GetParam());
+    if (outcome.violation.empty()) continue;
+    std::printf("found with seed %llu: %s\n", static_cast<unsigned long long>(seed),
+                outcome.violation.c_str());
+    return;
+  }
+  FAIL() << "2,000 schedules did not show it";
+}
+
+INSTANTIATE_TEST_SUITE_P(All, PlantedBug, testing::ValuesIn(kBugs),
+                         [](const auto& instance) { return std::string(Name(instance.param)); });
+
+}  // namespace
+}  // namespace millrace::sim
