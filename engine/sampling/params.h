@@ -29,7 +29,10 @@ struct SamplingParams {
   // with the request; each worker makes its own mask.
   std::string constraint;
   std::shared_ptr<TokenMask>
-      mask;                   // null: every token may come; shared by the copies of one request's parameters
+      mask;  // null: every token may come; shared by the copies of one request's parameters
+  // The prompt's tokens get log-probabilities too, as many as num_logprobs says. Such a prompt is computed in
+  // full.
+  bool prompt_logprobs = false;
   int32_t num_logprobs = -1;  // -1 none, 0 the chosen token's only, n also the n most likely (<= 20)
 };
 

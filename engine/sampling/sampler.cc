@@ -225,6 +225,15 @@ void FillLogprobs(std::span<const float> logits, float best_logit, int32_t num_l
 
 }  // namespace
 
+SampledToken Score(std::span<const float> logits, int32_t num_tokens_in_vocabulary, int32_t token,
+                   int32_t num_logprobs) {
+  const auto drawable = logits.first(static_cast<size_t>(num_tokens_in_vocabulary));
+  SampledToken scored;
+  scored.token = token;
+  FillLogprobs(drawable, drawable[static_cast<size_t>(ArgMax(drawable))], num_logprobs, &scored);
+  return scored;
+}
+
 SampledToken Sample(const SampleInput& input, const SamplingParams& params) {
   thread_local Scratch scratch;
   MR_CHECK(input.num_tokens_in_vocabulary > 0 &&
