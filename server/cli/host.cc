@@ -102,14 +102,14 @@ StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model,
     engine::CudaBackendOptions backend;
     backend.num_pages = num_pages;
     backend.batch_tokens_max = options.batch_tokens_max;
-    backend.logit_rows_max = options.running_max;
+    backend.logit_rows_max = options.running_max + engine::kScoredRowsMax;
     return engine::MakeCudaBackend(model.weights, backend);
   }
   engine::CpuBackendOptions backend;
   backend.num_pages = num_pages;
   backend.num_threads = options.threads;
   backend.batch_tokens_max = options.batch_tokens_max;
-  backend.logit_rows_max = options.running_max;
+  backend.logit_rows_max = options.running_max + engine::kScoredRowsMax;
   backend.with_mtp = UsesMtp(model, options);
   MR_ASSIGN_OR_RETURN(backend.isa, engine::ParseIsa(options.isa));
   return engine::MakeCpuBackend(model.weights, backend);

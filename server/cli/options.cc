@@ -150,6 +150,10 @@ void AddHttp(CLI::App* command, HttpOptions& http) {
                    "Prompts up to this length are prefilled by the decode worker itself; 0 = none")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  command->add_option(
+      "--grpc-listen", http.grpc_listen,
+      "Address of the same API over gRPC (millrace.v1.Chat), behind the same keys and certificate "
+      "(default: not served)");
   command->add_option("--admin-listen", http.admin_listen,
                       "Address of a listener of its own for /metrics, /abort and the live view, without keys "
                       "(default: they are on --listen, behind the keys)");

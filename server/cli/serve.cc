@@ -63,6 +63,7 @@ GatewayOptions MakeGatewayOptions(const HttpOptions& http, const std::string& ef
   GatewayOptions options;
   options.effective = effective;
   options.admin_listen = http.admin_listen;
+  options.grpc_listen = http.grpc_listen;
   options.api_keys = http.api_keys;
   options.tls = {http.tls_cert, http.tls_key, http.tls_client_ca};
   options.cors_origins = http.cors_origins;
@@ -78,6 +79,11 @@ GatewayOptions MakeGatewayOptions(const HttpOptions& http, const std::string& ef
 }
 
 const char* Scheme(const HttpOptions& http) { return http.tls_cert.empty() ? "http" : "https"; }
+
+void SayWhere(const Gateway& gateway, const HttpOptions& http, const std::string& model) {
+  fmt::print("Millrace serves {} at {}://{}\n", model, Scheme(http), gateway.address());
+  if (!gateway.grpc_address().empty()) fmt::print("  gRPC: {}\n", gateway.grpc_address());
+}
 
 // Serves /metrics at `listen`, or nothing when it is empty. civetweb throws when it cannot bind.
 StatusOr<std::unique_ptr<prometheus::Exposer>> ExposeMetrics(const std::string& listen,
@@ -117,7 +123,7 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
   MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
                                                          *model.tokenizer, *membership, metrics));
-  fmt::print("Millrace serves {} at {}://{}\n", info.name, Scheme(options.http), gateway->address());
+  SayWhere(*gateway, options.http, info.name);
   fmt::print(
       "  try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d "
       "'{{\"model\":\"{}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is a violin?\"}}]}}'\n",
@@ -145,7 +151,7 @@ Status ServeGateway(const GatewayCommandOptions& options, const std::string& eff
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
   MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
                                                          *tokenizer, *membership, metrics));
-  fmt::print("Millrace serves {} at {}://{}\n", info.name, Scheme(options.http), gateway->address());
+  SayWhere(*gateway, options.http, info.name);
   std::fflush(stdout);
   MR_RETURN_IF_ERROR(signals.Wait());
   gateway->Shutdown(FromSeconds(options.drain));

@@ -1,5 +1,7 @@
 #include "server/gateway/access.h"
 
+#include <absl/strings/match.h>
+
 #include <algorithm>
 #include <boost/beast/http.hpp>
 
@@ -10,13 +12,16 @@ namespace http = boost::beast::http;
 
 constexpr std::string_view kBearer = "bearer ";
 
-std::string_view KeyOf(const HttpRequest& header) {
-  const auto authorization = header[http::field::authorization];
-  if (authorization.size() > kBearer.size() &&
-      boost::beast::iequals(authorization.substr(0, kBearer.size()), {kBearer.data(), kBearer.size()}))
-    return {authorization.data() + kBearer.size(), authorization.size() - kBearer.size()};
-  const auto plain = header["x-api-key"];
-  return {plain.data(), plain.size()};
+std::string_view KeyOf(std::string_view authorization, std::string_view plain) {
+  const bool bearer =
+      authorization.size() > kBearer.size() &&
+      absl::EqualsIgnoreCase({authorization.data(), kBearer.size()}, {kBearer.data(), kBearer.size()});
+  return bearer ? authorization.substr(kBearer.size()) : plain;
+}
+
+std::string_view FieldOf(const HttpRequest& header, const char* name) {
+  const auto value = header[name];
+  return {value.data(), value.size()};
 }
 
 bool OriginAllowed(const GatewayOptions& options, const HttpRequest& header) {
@@ -38,6 +43,18 @@ ApiError EdgeError(int status, const char* code, std::string message) {
   return error;
 }
 
+std::optional<ApiError> CheckKey(const GatewayContext& context, std::string_view authorization,
+                                 std::string_view plain, std::string* key) {
+  if (context.keys == nullptr) return std::nullopt;
+  const std::string_view given = KeyOf(authorization, plain);
+  if (given.empty())
+    return EdgeError(401, "invalid_api_key", "an API key is needed: 'Authorization: Bearer KEY'");
+  const auto name = context.keys->Find(given);
+  if (!name) return EdgeError(401, "invalid_api_key", "the API key is not valid");
+  *key = *name;
+  return std::nullopt;
+}
+
 std::optional<ApiError> CheckAccess(const GatewayContext& context, Listener listener, Access access,
                                     const HttpRequest& header, std::string* key) {
   if (access == Access::kOpen) return std::nullopt;
@@ -46,14 +63,8 @@ std::optional<ApiError> CheckAccess(const GatewayContext& context, Listener list
     if (access == Access::kClient) return nothing;
     return std::nullopt;
   }
-  if (context.keys != nullptr) {
-    const std::string_view given = KeyOf(header);
-    if (given.empty())
-      return EdgeError(401, "invalid_api_key", "an API key is needed: 'Authorization: Bearer KEY'");
-    const auto name = context.keys->Find(given);
-    if (!name) return EdgeError(401, "invalid_api_key", "the API key is not valid");
-    *key = *name;
-  }
+  if (auto refused = CheckKey(context, FieldOf(header, "authorization"), FieldOf(header, "x-api-key"), key))
+    return refused;
   if (access == Access::kOperator && !context.options.admin_listen.empty()) return nothing;
   return std::nullopt;
 }

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,10 @@ enum class Access {
   kOperator,  // the admin listener; without one, a key on the public listener
 };
 
+// Whether the caller's key is good, from the values of its "authorization" and "x-api-key". On success *key
+// gets the key's name, "" when this gateway asks for none.
+std::optional<ApiError> CheckKey(const GatewayContext& context, std::string_view authorization,
+                                 std::string_view plain, std::string* key);
 // Default-deny: a path that is no route needs a key too. On success *key gets the name of the caller's key,
 // "" without one.
 std::optional<ApiError> CheckAccess(const GatewayContext& context, Listener listener, Access access,

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <iterator>
 #include <set>
+#include <span>
 
 #include "base/net.h"
 #include "base/random.h"
@@ -40,12 +41,29 @@ constexpr Refusal kRefused[] = {
     {"service_tier", R"(["auto","default"])", "this server has one service tier: 'auto' or 'default'"},
     {"store", "[false]", "this server stores no answers"},
     {"suffix", R"([""])", "suffix is not supported by this model"},
-    {"prompt_logprobs", "[]", "log-probabilities of the prompt are not computed by this server"},
+    {"prompt_logprobs", "[]",
+     "prompt_logprobs is not supported by this server; use /v1/completions with echo and logprobs"},
     {"best_of", "[1]", "best_of is not supported by this server; use n"},
     {"bad_words", "[[]]", "bad_words is not supported by this server; use logit_bias"},
     {"allowed_token_ids", "[]", "allowed_token_ids is not supported by this server; use logit_bias"},
     {"use_beam_search", "[false]", "beam search is not supported by this server"},
 };
+
+// Fields that only one of the two requests has: there they would change the answer, here nobody would read
+// them.
+constexpr const char* kChatOnly[] = {"messages",
+                                     "tools",
+                                     "tool_choice",
+                                     "parallel_tool_calls",
+                                     "reasoning_effort",
+                                     "include_reasoning",
+                                     "separate_reasoning",
+                                     "chat_template_kwargs",
+                                     "add_generation_prompt",
+                                     "continue_final_message",
+                                     "max_completion_tokens",
+                                     "top_logprobs"};
+constexpr const char* kCompletionsOnly[] = {"prompt", "echo"};
 
 const std::set<std::string>& KnownFields() {
   static const std::set<std::string> known = {"model",
@@ -99,7 +117,6 @@ const std::set<std::string>& KnownFields() {
                                               "guided_regex",
                                               "guided_choice",
                                               "guided_grammar",
-                                              "allowed_token_ids",
                                               "add_special_tokens"};
   return known;
 }
@@ -204,7 +221,13 @@ void ParseSampling(Fields& fields, ApiRequest* request) {
   }
 }
 
-std::optional<ApiError> CheckRefused(const Json& body) {
+std::optional<ApiError> CheckRefused(Endpoint endpoint, const Json& body) {
+  const bool chat = endpoint == Endpoint::kChat;
+  for (const char* field : chat ? std::span<const char* const>(kCompletionsOnly) : std::span(kChatOnly)) {
+    if (body.contains(field) && !body[field].is_null())
+      return BadRequest(field, fmt::format("'{}' is a field of {}", field,
+                                           chat ? "/v1/completions" : "/v1/chat/completions"));
+  }
   for (const Refusal& refusal : kRefused) {
     if (!body.contains(refusal.field) || body[refusal.field].is_null()) continue;
     const auto accepted = ParseJson(refusal.accepted);
@@ -373,7 +396,7 @@ ApiResult<ApiRequest> ParseApiRequest(Endpoint endpoint, std::string_view text, 
   auto parsed = ParseBody(text, model);
   if (!parsed.ok()) return parsed.error();
   const Json& body = *parsed;
-  if (auto refused = CheckRefused(body)) return *refused;
+  if (auto refused = CheckRefused(endpoint, body)) return *refused;
 
   ApiRequest request;
   request.endpoint = endpoint;
@@ -394,9 +417,7 @@ ApiResult<ApiRequest> ParseApiRequest(Endpoint endpoint, std::string_view text, 
   bool split_reasoning = true;
   fields.Bool("separate_reasoning", &split_reasoning);
   if (endpoint == Endpoint::kCompletions) fields.Bool("echo", &request.echo);
-  if (request.echo && request.sampling.num_logprobs >= 0)
-    fields.Fail("echo",
-                "'echo' with 'logprobs': log-probabilities of the prompt are not computed by this server");
+  request.sampling.prompt_logprobs = request.echo && request.sampling.num_logprobs >= 0;
   double timeout = 0;
   if (fields.Has("timeout")) {
     fields.Number("timeout", 0.001, 86400, &timeout);

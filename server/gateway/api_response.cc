@@ -59,13 +59,12 @@ Json ResponseBuilder::Envelope(bool chunk) const {
           {"model", model_.name}};
 }
 
-Json ResponseBuilder::Logprobs(const std::vector<engine::SampledToken>& tokens, int32_t choice) {
+Json ResponseBuilder::Logprobs(const Tokens& prompt, const Tokens& tokens, int32_t choice) {
   if (request_.sampling.num_logprobs < 0) return nullptr;
-  return chat() ? ChatLogprobs(tokens)
-                : CompletionLogprobs(tokens, &text_offsets_[static_cast<size_t>(choice)]);
+  return chat() ? ChatLogprobs(tokens) : CompletionLogprobs(prompt, tokens, choice);
 }
 
-Json ResponseBuilder::ChatLogprobs(const std::vector<engine::SampledToken>& tokens) const {
+Json ResponseBuilder::ChatLogprobs(const Tokens& tokens) const {
   const auto entry = [this](engine::TokenId id, float logprob) -> Json {
     const std::string text(tokenizer_.Bytes(id));
     Json bytes = Json::array();
@@ -82,23 +81,30 @@ Json ResponseBuilder::ChatLogprobs(const std::vector<engine::SampledToken>& toke
   return {{"content", std::move(content)}, {"refusal", nullptr}};
 }
 
-Json ResponseBuilder::CompletionLogprobs(const std::vector<engine::SampledToken>& tokens,
-                                         int64_t* text_offset) const {
+// With echo the prompt's tokens come first; nothing is known of its first.
+Json ResponseBuilder::CompletionLogprobs(const Tokens& prompt, const Tokens& tokens, int32_t choice) {
+  int64_t& text_offset = text_offsets_[static_cast<size_t>(choice)];
   Json texts = Json::array();
   Json values = Json::array();
   Json tops = Json::array();
   Json offsets = Json::array();
-  for (const engine::SampledToken& token : tokens) {
-    const std::string text(tokenizer_.Bytes(token.token));
+  const auto add = [&](engine::TokenId id, Json value, Json top) {
+    const std::string text(tokenizer_.Bytes(id));
     texts.push_back(text);
-    values.push_back(FiniteLogprob(token.logprob));
+    values.push_back(std::move(value));
+    tops.push_back(std::move(top));
+    offsets.push_back(text_offset);
+    text_offset += CountCharacters(text);
+  };
+  const auto add_known = [&](const engine::SampledToken& token) {
     Json top = Json::object();
     for (const auto& other : token.top)
       top[std::string(tokenizer_.Bytes(other.token))] = FiniteLogprob(other.logprob);
-    tops.push_back(std::move(top));
-    offsets.push_back(*text_offset);
-    *text_offset += CountCharacters(text);
-  }
+    add(token.token, FiniteLogprob(token.logprob), std::move(top));
+  };
+  if (request_.echo && text_offset == 0) add(request_.PromptOf(choice).front(), nullptr, nullptr);
+  for (const engine::SampledToken& token : prompt) add_known(token);
+  for (const engine::SampledToken& token : tokens) add_known(token);
   return {{"tokens", std::move(texts)},
           {"token_logprobs", std::move(values)},
           {"top_logprobs", std::move(tops)},
@@ -136,7 +142,7 @@ std::string ResponseBuilder::Delta(const ChoiceDelta& delta, const Usage& usage)
     Json choice = {{"logprobs", nullptr}, {"finish_reason", reason}};
     choice[key] = std::move(value);
     if (!tokens_said && !delta.tokens.empty()) {
-      choice["logprobs"] = Logprobs(delta.tokens, delta.choice);
+      choice["logprobs"] = Logprobs(delta.prompt, delta.tokens, delta.choice);
       if (request_.return_token_ids) choice["token_ids"] = TokenIds(delta.tokens);
     }
     tokens_said = true;
@@ -195,6 +201,7 @@ void ResponseBuilder::Collect(const ChoiceDelta& delta) {
       all.tool_calls.back()["function"]["arguments"].get_ref<std::string&>() += piece.arguments;
     }
   }
+  all.prompt.insert(all.prompt.end(), delta.prompt.begin(), delta.prompt.end());
   all.tokens.insert(all.tokens.end(), delta.tokens.begin(), delta.tokens.end());
   all.finish = delta.finish;
 }
@@ -216,8 +223,9 @@ std::string ResponseBuilder::Whole(const Usage& usage) {
   Json choices = Json::array();
   for (int32_t i = 0; i < request_.num_choices(); ++i) {
     const Collected& collected = collected_[static_cast<size_t>(i)];
-    Json choice = {
-        {"index", i}, {"logprobs", Logprobs(collected.tokens, i)}, {"finish_reason", collected.finish}};
+    Json choice = {{"index", i},
+                   {"logprobs", Logprobs(collected.prompt, collected.tokens, i)},
+                   {"finish_reason", collected.finish}};
     if (chat()) {
       choice["message"] = Message(collected);
     } else {

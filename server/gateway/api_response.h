@@ -32,15 +32,17 @@ class ResponseBuilder final : public AnswerFormat {
     std::string content;
     std::string reasoning;
     Json tool_calls = Json::array();
+    std::vector<engine::SampledToken> prompt;
     std::vector<engine::SampledToken> tokens;
     std::string finish;
   };
 
   bool chat() const { return request_.endpoint == Endpoint::kChat; }
   Json Envelope(bool chunk) const;
-  Json Logprobs(const std::vector<engine::SampledToken>& tokens, int32_t choice);
-  Json ChatLogprobs(const std::vector<engine::SampledToken>& tokens) const;
-  Json CompletionLogprobs(const std::vector<engine::SampledToken>& tokens, int64_t* text_offset) const;
+  using Tokens = std::vector<engine::SampledToken>;
+  Json Logprobs(const Tokens& prompt, const Tokens& tokens, int32_t choice);
+  Json ChatLogprobs(const Tokens& tokens) const;
+  Json CompletionLogprobs(const Tokens& prompt, const Tokens& tokens, int32_t choice);
   Json Message(const Collected& collected) const;
   std::string Chunk(Json choice, int32_t index, const Usage& usage) const;
 

@@ -21,6 +21,7 @@ void Choice::Append(const AnswerDelta& parts) {
 ChoiceDelta Choice::Push(const engine::TokenEvent& token) {
   if (num_tokens_++ == 0 && request_.echo)
     pending_.parts.content = tokenizer_.Decode(request_.PromptOf(index_), request_.skip_special_tokens);
+  if (!token.prompt.empty()) pending_.prompt = token.prompt;
   pending_.tokens.push_back(token.token);
   AnswerText::Delta text = text_.Push(token.token.token);
   Append(parser_.Push(text.text));
@@ -38,7 +39,7 @@ ChoiceDelta Choice::Push(const engine::TokenEvent& token) {
                       : parser_.num_tool_calls() > 0                            ? "tool_calls"
                                                                                 : "stop";
   }
-  if (pending_.empty()) return ChoiceDelta{index_, {}, {}, {}};
+  if (pending_.empty()) return ChoiceDelta{index_, {}, {}, {}, {}};
   ChoiceDelta delta = std::exchange(pending_, {});
   delta.choice = index_;
   return delta;

@@ -14,6 +14,7 @@ namespace millrace::server {
 struct ChoiceDelta {
   int32_t choice = 0;
   AnswerDelta parts;
+  std::vector<engine::SampledToken> prompt;  // see TokenEvent; in the first delta
   std::vector<engine::SampledToken> tokens;  // drawn since the last delta
   std::string finish;                        // "" while it goes on; stop, length or tool_calls
   bool empty() const { return parts.empty() && finish.empty(); }

@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/net.h"
 #include "base/thread.h"
+#include "server/gateway/grpc_chat.h"
 #include "server/gateway/http_session.h"
 
 namespace millrace::server {
@@ -57,8 +58,12 @@ class GatewayServer : public Gateway {
       return InvalidArgument("TLS needs a certificate");
     }
     MR_RETURN_IF_ERROR(Listen(options_.listen, &acceptor_, &address_));
-    if (options_.admin_listen.empty()) return OkStatus();
-    return Listen(options_.admin_listen, &admin_acceptor_, &admin_address_);
+    if (!options_.admin_listen.empty())
+      MR_RETURN_IF_ERROR(Listen(options_.admin_listen, &admin_acceptor_, &admin_address_));
+    if (!options_.grpc_listen.empty()) {
+      MR_ASSIGN_OR_RETURN(grpc_, GrpcChat::Start(context_, io_));
+    }
+    return OkStatus();
   }
 
   void Run() {
@@ -76,6 +81,7 @@ class GatewayServer : public Gateway {
 
   std::string address() const override { return address_; }
   std::string admin_address() const override { return admin_address_; }
+  std::string grpc_address() const override { return grpc_ == nullptr ? "" : grpc_->address(); }
 
   void Shutdown(Duration grace) override {
     context_->draining = true;
@@ -89,6 +95,7 @@ class GatewayServer : public Gateway {
     WaitUntil(until, [this] { return context_->requests_running == 0; });
     context_->answer_stops.StopAll();
     context_->connections_stops.StopAll();
+    if (grpc_ != nullptr) grpc_->Shutdown();
     // gRPC ends a cancelled call at once. Its callbacks post to this gateway's threads, so they must have
     // come.
     WaitUntil(Clock::System().Now() + kCutTime,
@@ -166,6 +173,7 @@ class GatewayServer : public Gateway {
   net::steady_timer reload_timer_;
   std::string address_;
   std::string admin_address_;
+  std::unique_ptr<GrpcChat> grpc_;  // null when it is not served
   std::vector<std::jthread> threads_;
 };
 
@@ -179,6 +187,7 @@ StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const GatewayOptions& options,
   server->Run();
   LogInfo("gateway listens on {}://{}", options.tls.certificate.empty() ? "http" : "https",
           server->address());
+  if (!server->grpc_address().empty()) LogInfo("gRPC on {}", server->grpc_address());
   if (!server->admin_address().empty()) LogInfo("metrics and control on http://{}", server->admin_address());
   if (options.api_keys.empty() && !server->address().starts_with("127.") &&
       !server->address().starts_with("[::1]"))

@@ -20,6 +20,7 @@ namespace millrace::server {
 struct GatewayOptions {
   std::string listen = "127.0.0.1:8000";
   std::string admin_listen;               // metrics and control; empty: they are on `listen`, behind the keys
+  std::string grpc_listen;                // millrace.v1.Chat; empty: not served
   std::string api_keys;                   // file, see ApiKeys; empty: everybody may ask
   TlsOptions tls;                         // of `listen`
   std::vector<std::string> cors_origins;  // pages of these may ask from a browser; "*" = all; empty: none
@@ -48,6 +49,7 @@ class Gateway {
   virtual ~Gateway() = default;                   // Shutdown(0) if not done
   virtual std::string address() const = 0;        // "host:port" as bound
   virtual std::string admin_address() const = 0;  // likewise, or empty
+  virtual std::string grpc_address() const = 0;   // likewise
   // Stops accepting, lets running answers finish for `grace`, then cuts them. Returns when all connections
   // are gone.
   virtual void Shutdown(Duration grace) = 0;

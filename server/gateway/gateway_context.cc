@@ -1,6 +1,7 @@
 #include "server/gateway/gateway_context.h"
 
 #include <algorithm>
+#include <boost/asio/post.hpp>
 
 #include "base/log.h"
 
@@ -49,6 +50,34 @@ void UnknownFields::Note(const std::vector<std::string>& fields) {
         shown.begin(), shown.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
     LogWarning("requests carry the field '{}', which is not known and changes nothing (said once)", shown);
   }
+}
+
+ApiError GatewayContext::FailureOf(const Status& status) const {
+  ApiError error = FromStatus(status);
+  error.retry_after_seconds = admission.RetryAfterSeconds();
+  return error;
+}
+
+TimePoint GatewayContext::DeadlineOf(const ApiRequest& request) const {
+  Duration timeout = options.request_timeout;
+  if (request.timeout_seconds) {
+    timeout = std::min(timeout, std::chrono::duration_cast<Duration>(
+                                    std::chrono::duration<double>(*request.timeout_seconds)));
+  }
+  return Clock::System().Now() + timeout;
+}
+
+uint64_t GatewayContext::AddAnswerStop(const boost::asio::any_io_executor& executor,
+                                       const std::shared_ptr<Answer>& answer, const std::string& id) {
+  return answer_stops.Add(
+      [executor, weak = std::weak_ptr<Answer>(answer), this] {
+        const Status reason = draining ? Unavailable("this gateway is shutting down")
+                                       : Aborted("the answer was stopped by the operator");
+        boost::asio::post(executor, [weak, reason] {
+          if (const auto alive = weak.lock(); alive != nullptr) alive->Cancel(reason);
+        });
+      },
+      id);
 }
 
 }  // namespace millrace::server

@@ -64,6 +64,13 @@ struct GatewayContext {
   std::atomic<int32_t> connections{0};
   std::atomic<int32_t> requests_running{0};
 
+  // What a failed request is told: FromStatus, and when to come back if it was too much.
+  ApiError FailureOf(const Status& status) const;
+  // When a request that comes now has to be answered: as it wishes, within this gateway's limit.
+  TimePoint DeadlineOf(const ApiRequest& request) const;
+  // Adds to answer_stops: cancels `answer`, which lives on `executor`. Whoever adds it removes it.
+  uint64_t AddAnswerStop(const boost::asio::any_io_executor& executor, const std::shared_ptr<Answer>& answer,
+                         const std::string& id);
   AnswerContext ForAnswers() {
     return {tokenizer, membership, in_flight, admission, request_log, options.generation};
   }

@@ -73,7 +73,8 @@ void Generation::Dispatch(const Status& cause) {
   if (left <= Duration::zero()) return Finish(DeadlineExceeded("the request's time was used up"));
   RouteRequest wanted;
   wanted.prompt_tokens = request_.prompt_size() + request_.output_size();
-  wanted.local_prefill_tokens_max = options_.local_prefill_tokens_max;
+  wanted.local_prefill_tokens_max =
+      request_.sampling().prompt_logprobs() ? INT32_MAX : options_.local_prefill_tokens_max;
   wanted.exclude = failed_;
   decode_lease_.Release();
   prefill_lease_.Release();

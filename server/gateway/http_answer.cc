@@ -81,9 +81,8 @@ net::awaitable<HttpOutcome> AnswerWhole(HttpConnection& connection, GatewayConte
     if (const auto* delta = std::get_if<ChoiceDelta>(&event)) format.Collect(*delta);
     const auto* failed = std::get_if<Answer::Failed>(&event);
     if (failed == nullptr && !std::holds_alternative<Answer::Done>(event)) continue;
-    HttpResponse response = failed != nullptr
-                                ? FailureResponse(connection, FailureOf(context, failed->status))
-                                : WholeResponse(format.Whole(answer.usage()));
+    HttpResponse response = failed != nullptr ? FailureResponse(connection, context.FailureOf(failed->status))
+                                              : WholeResponse(format.Whole(answer.usage()));
     const HttpOutcome outcome{static_cast<int>(response.result_int())};
     co_await connection.Write(std::move(response));
     co_return outcome;
@@ -100,7 +99,7 @@ std::string Frames(const HttpConnection& connection, const GatewayContext& conte
   if (failed == nullptr) return ": keepalive\n\n";
   LogWarning("{} {}: the stream broke off: {}", connection.request_id(), connection.path(),
              Message(failed->status));
-  return format.Failure(FailureOf(context, failed->status));
+  return format.Failure(context.FailureOf(failed->status));
 }
 
 net::awaitable<HttpOutcome> AnswerStream(HttpConnection& connection, GatewayContext& context, Answer& answer,
@@ -114,7 +113,7 @@ net::awaitable<HttpOutcome> AnswerStream(HttpConnection& connection, GatewayCont
     }
     const auto* failed = std::get_if<Answer::Failed>(&event);
     if (failed != nullptr && !started) {
-      HttpResponse response = FailureResponse(connection, FailureOf(context, failed->status));
+      HttpResponse response = FailureResponse(connection, context.FailureOf(failed->status));
       const HttpOutcome outcome{static_cast<int>(response.result_int())};
       co_await connection.Write(std::move(response));
       co_return outcome;
@@ -131,35 +130,13 @@ net::awaitable<HttpOutcome> AnswerStream(HttpConnection& connection, GatewayCont
     const bool written = co_await connection.WriteChunk(std::move(out));
     if (failed != nullptr) {
       connection.EndAfterThis();
-      co_return HttpOutcome{FailureOf(context, failed->status).http_status};
+      co_return HttpOutcome{context.FailureOf(failed->status).http_status};
     }
     if (!written) co_return HttpOutcome{};
     if (!std::holds_alternative<Answer::Done>(event)) continue;
     co_await connection.EndStream();
     co_return HttpOutcome{200};
   }
-}
-
-uint64_t AddStop(GatewayContext& context, const net::any_io_executor& executor,
-                 const std::shared_ptr<Answer>& answer, const std::string& id) {
-  return context.answer_stops.Add(
-      [executor, weak = std::weak_ptr<Answer>(answer), &context] {
-        const Status reason = context.draining ? Unavailable("this gateway is shutting down")
-                                               : Aborted("the answer was stopped by the operator");
-        net::post(executor, [weak, reason] {
-          if (const auto alive = weak.lock(); alive != nullptr) alive->Cancel(reason);
-        });
-      },
-      id);
-}
-
-TimePoint DeadlineOf(const ApiRequest& request, const GatewayOptions& options) {
-  Duration timeout = options.request_timeout;
-  if (request.timeout_seconds) {
-    timeout = std::min(timeout, std::chrono::duration_cast<Duration>(
-                                    std::chrono::duration<double>(*request.timeout_seconds)));
-  }
-  return Clock::System().Now() + timeout;
 }
 
 }  // namespace
@@ -177,12 +154,6 @@ HttpResponse ErrorResponse(const ApiError& error) {
   return response;
 }
 
-ApiError FailureOf(const GatewayContext& context, const Status& status) {
-  ApiError error = FromStatus(status);
-  error.retry_after_seconds = context.admission.RetryAfterSeconds();
-  return error;
-}
-
 net::awaitable<HttpOutcome> AnswerApi(HttpConnection& connection, GatewayContext& context, Endpoint endpoint,
                                       const std::string& key) {
   auto prepared = Prepare(endpoint, connection.request().body(), context);
@@ -195,9 +166,9 @@ net::awaitable<HttpOutcome> AnswerApi(HttpConnection& connection, GatewayContext
   const ApiRequest& request = *prepared->request;
   context.unknown_fields.Note(request.unknown_fields);
   ++context.requests_running;
-  const auto answer = Answer::Start(connection.executor(), context.ForAnswers(), request, key,
-                                    DeadlineOf(request, context.options));
-  const uint64_t stop = AddStop(context, connection.executor(), answer, request.id);
+  const auto answer =
+      Answer::Start(connection.executor(), context.ForAnswers(), request, key, context.DeadlineOf(request));
+  const uint64_t stop = context.AddAnswerStop(connection.executor(), answer, request.id);
   connection.WatchPeer([answer] { answer->Cancel(Cancelled("the client went away")); });
   HttpOutcome outcome;
   if (request.stream) {

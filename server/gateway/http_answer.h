@@ -20,7 +20,5 @@ boost::asio::awaitable<HttpOutcome> AnswerApi(HttpConnection& connection, Gatewa
 
 // An error as a whole answer, with the fields that tell clients whether to try again.
 HttpResponse ErrorResponse(const ApiError& error);
-// What a failed request is told: FromStatus, and when to come back if it was too much.
-ApiError FailureOf(const GatewayContext& context, const Status& status);
 
 }  // namespace millrace::server

@@ -140,12 +140,13 @@ class Session {
       response.result(http::status::no_content);
       return response;
     }
-    if (path.starts_with(kModelPrefix) && is_get && listener_ == Listener::kPublic)
-      return ToResponse(DescribeOneModel(*context_, path.substr(kModelPrefix.size())));
+    const bool one_model = path.starts_with(kModelPrefix) && listener_ == Listener::kPublic;
+    if (one_model && is_get) return ToResponse(DescribeOneModel(*context_, path.substr(kModelPrefix.size())));
     const Route* const route = FindRoute(path);
-    if (route == nullptr) return Refuse(EdgeError(404, "not_found", "there is nothing at this address"));
-    if (route->get != nullptr && is_get) return Log(ToResponse(route->get(*context_)));
-    if (route->get != nullptr || method != http::verb::post)
+    if (route == nullptr && !one_model)
+      return Refuse(EdgeError(404, "not_found", "there is nothing at this address"));
+    if (route != nullptr && route->get != nullptr && is_get) return Log(ToResponse(route->get(*context_)));
+    if (route == nullptr || route->get != nullptr || method != http::verb::post)
       return Refuse(EdgeError(405, "method_not_allowed", fmt::format("{} does not take this method", path)));
     if (!IsJson())
       return Refuse(EdgeError(415, "unsupported_media_type", "the content type must be application/json"));

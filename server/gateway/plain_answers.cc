@@ -14,6 +14,25 @@ Json ModelJson(const ModelInfo& model) {
           {"owned_by", "millrace"}, {"root", model.name}, {"max_model_len", model.context_max}};
 }
 
+// What a worker's transfer engine said of its paths.
+Json PathsJson(const WorkerSnapshot& worker) {
+  Json paths = Json::array();
+  if (worker.paths == nullptr) return paths;
+  for (const WorkerPath& path : *worker.paths) {
+    paths.push_back({{"kind", path.kind},
+                     {"local", path.local_rail},
+                     {"remote", path.remote_rail},
+                     {"state", path.state},
+                     {"reason", path.reason},
+                     {"bytes_done", path.bytes_done},
+                     {"bytes_in_flight", path.bytes_in_flight},
+                     {"trips", path.trips},
+                     {"bytes_per_second", path.bytes_per_second},
+                     {"delay_seconds", path.delay_seconds}});
+  }
+  return paths;
+}
+
 PlainAnswer Answered(const Json& body) { return PlainAnswer{DumpJson(body)}; }
 
 }  // namespace
@@ -105,7 +124,11 @@ ApiResult<PlainAnswer> State(GatewayContext& context) {
                        {"running", worker.running},
                        {"pages_total", worker.pages_total},
                        {"pages_free", worker.pages_free},
-                       {"prefill_tokens_per_second", worker.prefill_tokens_per_second}});
+                       {"prefill_tokens_per_second", worker.prefill_tokens_per_second},
+                       {"open_tickets", worker.open_tickets},
+                       {"draining_tickets", worker.draining_tickets},
+                       {"transfers", worker.transfers},
+                       {"paths", PathsJson(worker)}});
   }
   const Admission::Counts counts = context.admission.counts();
   return Answered({{"model", context.model.name},

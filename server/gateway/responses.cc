@@ -138,8 +138,9 @@ class ResponsesFormat final : public AnswerFormat {
       : response_(Envelope(request, model, body, created)) {}
 
   std::string Begin(const Usage& /*usage*/) override {
-    return Frame("response.created", {{"response", response_}}) +
-           Frame("response.in_progress", {{"response", response_}});
+    // One after the other: they are numbered.
+    std::string out = Frame("response.created", {{"response", response_}});
+    return out + Frame("response.in_progress", {{"response", response_}});
   }
 
   std::string Delta(const ChoiceDelta& delta, const Usage& /*usage*/) override {

@@ -5,8 +5,8 @@
 #include "base/log.h"
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/stream_writer.h"
 #include "server/worker/import_attempt.h"
-#include "server/worker/stream_writer.h"
 
 namespace millrace::server {
 namespace {

@@ -6,8 +6,8 @@
 #include "base/check.h"
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/stream_writer.h"
 #include "server/worker/pieces.h"
-#include "server/worker/stream_writer.h"
 #include "server/worker/ticket.h"
 
 namespace millrace::server {

@@ -15,7 +15,7 @@ def chromium():
 
 
 class Browser:
-    def __init__(self, width=1200, height=800, dark=False):
+    def __init__(self, width=1200, height=800, dark=False, prefix=()):
         self.profile = tempfile.TemporaryDirectory(prefix="millrace-chromium-", ignore_cleanup_errors=True)
         to_child, self.to_browser = os.pipe()
         self.from_browser, from_child = os.pipe()
@@ -30,7 +30,7 @@ class Browser:
                  f"--user-data-dir={self.profile.name}", f"--window-size={width},{height}"]
         if dark:
             flags += ["--force-dark-mode", "--enable-features=WebContentsForceDark:disabled"]
-        self.process = subprocess.Popen([chromium(), *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        self.process = subprocess.Popen([*prefix, chromium(), *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                         close_fds=False, preexec_fn=place)
         os.close(to_child)
         os.close(from_child)

@@ -125,6 +125,28 @@ def test_completion_logprobs(client, name):
     assert all(1 <= len(top) <= 2 for top in logprobs.top_logprobs)
 
 
+def test_echo_with_logprobs(client, name):
+    """What is reported of a prompt's tokens is what was reported when the model wrote them itself."""
+    fields = dict(model=name, temperature=0, logprobs=2,
+                  extra_body={"ignore_eos": True, "return_token_ids": True, "skip_special_tokens": False})
+    written = client.completions.create(prompt="What is", max_tokens=100, **fields).choices[0]
+    prompt = written.prompt_token_ids + written.token_ids
+    for max_tokens, n in ((1, 1), (3, 2)):
+        answer = client.completions.create(prompt=prompt, max_tokens=max_tokens, n=n, echo=True, **fields)
+        for choice in answer.choices:
+            echoed = choice.logprobs
+            assert choice.text.startswith("What is" + written.text)
+            assert len(echoed.tokens) == len(prompt) + max_tokens and "".join(echoed.tokens) == choice.text
+            assert echoed.token_logprobs[0] is None and echoed.top_logprobs[0] is None and echoed.text_offset[0] == 0
+            begin = len(written.prompt_token_ids)
+            assert echoed.tokens[begin:-max_tokens] == written.logprobs.tokens
+            assert echoed.token_logprobs[begin:-max_tokens] == written.logprobs.token_logprobs
+            assert echoed.top_logprobs[begin:-max_tokens] == written.logprobs.top_logprobs
+            assert all(value <= 0 for value in echoed.token_logprobs[1:])
+    streamed = list(client.completions.create(prompt=prompt, max_tokens=1, echo=True, stream=True, **fields))
+    assert [t for c in streamed if c.choices[0].logprobs for t in c.choices[0].logprobs.tokens][:-1] == echoed.tokens[:-3]
+
+
 def test_stop_strings_across_tokens(client, name):
     fields = dict(model=name, prompt="What is a", max_tokens=40, temperature=0, extra_body={"ignore_eos": True})
     text = client.completions.create(**fields).choices[0].text

@@ -8,6 +8,7 @@ import pytest
 
 import harness
 from browser import Browser, chromium
+from namespaces import Pair, ip
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed (deploy/packages --tests)")
 KEY = "sk-page-0123456789"
@@ -74,6 +75,45 @@ def test_chat_stream_stop_and_live_view(server, browse, shots):
     assert browser.complaints() == []
     assert all(url.startswith(f"http://{server.address}/") or url.startswith("data:") for url in browser.requested() if
                url != "about:blank"), "no external resource"
+
+
+def test_a_rail_dies(long_model, logs, browse, shots):
+    """Two rails between the workers; one is cut: the page shows it, answers go on, and it comes back."""
+    directory = logs / "page-rails"
+    directory.mkdir()
+    with Pair(links=2) as pair:
+        def worker(role, side):
+            return harness.Process(directory, role, [
+                "worker", "--role", role, "--model", long_model, "--listen", f"{pair.address(side, 0)}:7001", "--rail", pair.address(side, 0),
+                "--rail", pair.address(side, 1), "--threads", 1, "--kv-memory", "64MiB"], prefix=pair.prefix(side))
+
+        processes = harness.start_all([lambda: worker("prefill", 1), lambda: worker("decode", 0)])
+        try:
+            processes.append(harness.Process(directory, "gateway", [
+                "gateway", "--model", long_model, "--listen", "127.0.0.1:0", "--prefill", f"{pair.address(1, 0)}:7001", "--decode",
+                f"{pair.address(0, 0)}:7001"], prefix=pair.prefix(0)).wait_started())
+            address = processes[-1].address
+            pair.run(0, lambda: harness.wait_ready(address))
+            browser = browse(prefix=pair.prefix(0), height=1000)
+            browser.open(f"http://{address}/")
+            browser.wait("document.querySelector('#status').className === 'good'")
+            answers = "[...document.querySelectorAll('.figures')].filter(f => f.textContent.includes('tokens/s')).length"
+            ask(browser, "What is a violin?")
+            browser.wait(f"{answers} === 1")
+            rail = "[...document.querySelectorAll('.path')].find(p => p.textContent.includes('10.77.1.'))"
+            browser.wait(f"{rail}?.classList.contains('up')")
+            ip("-n", pair.names[1], "link", "set", "rail1", "down")
+            browser.wait(f"!{rail}.classList.contains('up') && {rail}.textContent.match(/down|suspect|connecting/)")
+            browser.screenshot(shots / "rail-down.png")
+            ask(browser, "What is an island?")
+            browser.wait(f"{answers} === 2")
+            ip("-n", pair.names[1], "link", "set", "rail1", "up")
+            browser.wait(f"{rail}.classList.contains('up')")
+            browser.screenshot(shots / "rail-back.png")
+            assert browser.complaints() == []
+        finally:
+            codes = [process.stop() for process in reversed(processes)]
+        assert codes == [0, 0, 0]
 
 
 def test_dark_on_a_phone(server, browse, shots):

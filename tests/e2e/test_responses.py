@@ -97,10 +97,18 @@ def test_answers_fit_the_description(server, description):
         jsonschema.validate(json.loads(text), {**schema, "components": description["components"]})
         return status
 
+    def check_get(path):
+        schema = description["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        jsonschema.validate(json.loads(harness.request(server.address, "GET", path)[2]),
+                            {**schema, "components": description["components"]})
+
     user = [{"role": "user", "content": "hi"}]
     assert check("/v1/chat/completions", {"messages": user, "max_tokens": 3, "n": 2, "logprobs": True}) == 200
     assert check("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2}) == 200
+    assert check("/v1/completions", {"prompt": "a", "max_tokens": 2, "echo": True, "logprobs": 1, "return_token_ids": True}) == 200
     assert check("/v1/responses", {"input": "hi", "max_output_tokens": 3}) == 200
+    for path in ("/state", "/load", "/info", "/version", "/v1/models", "/live", "/ready", "/health", "/openapi.json"):
+        check_get(path)
     assert check("/tokenize", {"prompt": "hi"}) == 200 and check("/detokenize", {"tokens": [1]}) == 200
     assert check("/apply-template", {"messages": user}) == 200
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize", "/abort"):

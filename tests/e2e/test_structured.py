@@ -1,7 +1,9 @@
 """Constrained answers and forced tools, at temperatures at which the demo model would never keep a form by itself; in one
-process and across prefill and decode workers, of which one dies on the way."""
+process and across prefill and decode workers, of which one dies on the way. MILLRACE_SCHEMA_SEEDS answers are taken to every
+schema (default: 4)."""
 
 import json
+import os
 import re
 
 import jsonschema
@@ -12,6 +14,7 @@ import pytest
 import harness
 
 CHAT = "/v1/chat/completions"
+SEEDS = int(os.environ.get("MILLRACE_SCHEMA_SEEDS", "4"))
 ASK = [{"role": "user", "content": "Tell me about a violin."}]
 
 SCHEMAS = {
@@ -49,7 +52,7 @@ def ask(address, **fields):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas(server, name):
     schema = SCHEMAS[name]
-    for seed in range(4):
+    for seed in range(SEEDS):
         choice = ask(server.address, response_format=response_format(schema), seed=seed)
         assert choice["finish_reason"] == "stop", choice
         jsonschema.validate(json.loads(choice["message"]["content"]), schema, format_checker=jsonschema.FormatChecker())

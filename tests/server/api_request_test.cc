@@ -168,7 +168,7 @@ TEST_F(ApiRequestTest, RefusesCompletionBodiesByField) {
       {R"({"prompt":5})", "prompt"},
       {R"({"prompt":["a",7]})", "prompt[1]"},
       {R"({"prompt":["a",""]})", "prompt[1]"},
-      {R"({"prompt":"a","echo":true,"logprobs":1})", "echo"},
+      {R"({"prompt":"a","tools":[]})", "tools"},
       {R"({"prompt":["a","a","a","a","a","a","a","a","a"],"n":16})", "n"},
       {R"({"prompt":"a","truncate_prompt_tokens":0})", "truncate_prompt_tokens"},
       {R"({"prompt":[1,-1]})", "prompt"},
