@@ -79,8 +79,11 @@ Status Bench::Prepare() {
     return InvalidArgument("--search needs --objectives, --duration and one --rate to start from");
   }
   MR_ASSIGN_OR_RETURN(load_.target, ParseTarget(options_.url));
+  if (!options_.metrics_url.empty()) MR_RETURN_IF_ERROR(ParseTarget(options_.metrics_url).status());
   load_.target.model = options_.model;
   load_.target.api_key = options_.api_key;
+  load_.target.ca_file = options_.ca_file;
+  load_.target.insecure = options_.insecure;
   load_.target.chat = options_.endpoint == "chat";
   load_.target.stream = !options_.no_stream;
   WorkloadOptions& w = load_.workload;
@@ -134,9 +137,16 @@ StatusOr<const OrderedJson*> Bench::Level(const std::string& name, double value,
   for (int32_t i = 0; i < options_.repeat && !g_interrupted; ++i) {
     load.workload.seed = options_.seed + static_cast<uint64_t>(i);
     LiveView view(options_.repeat > 1 ? fmt::format("{} ({} of {})", name, i + 1, options_.repeat) : name);
+    const PhaseTotals before = ReadPhases(load.target, options_.metrics_url);
     MR_ASSIGN_OR_RETURN(const LoadResult result,
                         RunLoad(load, std::ref(view), [] { return g_interrupted.load(); }));
     runs.push_back(Summarise(result, options_.warmup, objectives_));
+    OrderedJson phases = PhasesBetween(before, ReadPhases(load.target, options_.metrics_url));
+    if (!phases.is_null()) {
+      runs.back()["server_phases"] = std::move(phases);
+    } else if (!options_.metrics_url.empty()) {
+      fmt::print(stderr, "{}: no phases of requests there\n", options_.metrics_url);
+    }
     all_served_ = all_served_ && !result.interrupted && runs.back()["requests"]["failed"] == 0 &&
                   runs.back()["requests"]["served"] != 0;
   }
@@ -229,9 +239,13 @@ CLI::App* AddBench(CLI::App& app, BenchCommandOptions& o) {
       "Time runs from when a request was due, not from when it could be sent. Failed requests enter no "
       "latency.\n"
       "Exit status: 0 all served, 1 some failed (the results so far are printed), 2 no results.");
-  c->add_option("--url", o.url, "Server")->capture_default_str();
+  c->add_option("--url", o.url, "Server, http:// or https://")->capture_default_str();
   c->add_option("--model", o.model, "Model name (default: the first that the server lists)");
   c->add_option("--api-key", o.api_key, "Sent as bearer token")->envname("MILLRACE_BENCH_API_KEY");
+  c->add_option("--metrics-url", o.metrics_url,
+                "Where a Millrace gateway shows its metrics, with the path (default: /metrics of --url)");
+  c->add_option("--cacert", o.ca_file, "PEM file of the certificates to trust (default: the system's)");
+  c->add_flag("--insecure", o.insecure, "Take any certificate");
   c->add_option("--endpoint", o.endpoint, "chat or completions")
       ->check(CLI::IsMember({"chat", "completions"}))
       ->capture_default_str();

@@ -11,6 +11,9 @@ struct BenchCommandOptions {
   std::string url = "http://127.0.0.1:8000";
   std::string model;
   std::string api_key;
+  std::string metrics_url;
+  std::string ca_file;
+  bool insecure = false;
   std::string endpoint = "chat";
   bool no_stream = false;
 

@@ -1,6 +1,7 @@
 #include "server/bench/http_asker.h"
 
 #include <boost/asio/redirect_error.hpp>
+#include <boost/asio/ssl/host_name_verification.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/beast/http.hpp>
 
@@ -18,7 +19,7 @@ TimePoint Now() { return std::chrono::steady_clock::now(); }
 
 auto Use(beast::error_code& error) { return net::redirect_error(net::use_awaitable, error); }
 
-std::string RequestText(const BenchTarget& target, const std::string& path, const std::string& body) {
+std::string RequestText(const LoadTarget& target, const std::string& path, const std::string& body) {
   std::string text =
       fmt::format("{} {}{} HTTP/1.1\r\nhost: {}\r\nuser-agent: millrace-bench\r\n",
                   body.empty() ? "GET" : "POST", target.path_prefix, path, target.address.ToString());
@@ -38,7 +39,7 @@ void Fail(RequestResult* result, RequestError error, std::string message) {
 
 }  // namespace
 
-StatusOr<std::unique_ptr<HttpAsker>> HttpAsker::Create(net::io_context& io, const BenchTarget& target) {
+StatusOr<std::unique_ptr<HttpAsker>> HttpAsker::Create(net::io_context& io, const LoadTarget& target) {
   std::unique_ptr<HttpAsker> asker(new HttpAsker(io, target));
   MR_ASSIGN_OR_RETURN(const std::vector<HostPort> addresses, Resolve(target.address));
   for (const HostPort& address : addresses) {
@@ -47,7 +48,22 @@ StatusOr<std::unique_ptr<HttpAsker>> HttpAsker::Create(net::io_context& io, cons
     if (!error) asker->endpoints_.emplace_back(ip, address.port);
   }
   if (asker->endpoints_.empty()) return NotFound("{} has no address", target.address.ToString());
+  if (target.tls) MR_RETURN_IF_ERROR(asker->UseTls());
   return asker;
+}
+
+Status HttpAsker::UseTls() {
+  net::ssl::context& context = tls_.emplace(net::ssl::context::tls_client);
+  beast::error_code error;
+  context.set_verify_mode(target_.insecure ? net::ssl::verify_none : net::ssl::verify_peer, error);
+  context.set_verify_callback(net::ssl::host_name_verification(target_.address.host), error);
+  if (target_.ca_file.empty()) {
+    context.set_default_verify_paths(error);
+  } else {
+    context.load_verify_file(target_.ca_file, error);
+  }
+  if (error) return InvalidArgument("--cacert '{}': {}", target_.ca_file, error.message());
+  return OkStatus();
 }
 
 net::awaitable<Status> HttpAsker::Connect(Connection& connection, Duration timeout) {
@@ -61,20 +77,29 @@ net::awaitable<Status> HttpAsker::Connect(Connection& connection, Duration timeo
   if (error) co_return Unavailable("cannot reach {}: {}", target_.address.ToString(), error.message());
   ++connections_;
   connection.stream.socket().set_option(net::ip::tcp::no_delay(true), error);
+  if (!tls_.has_value()) co_return OkStatus();
+  connection.tls.emplace(connection.stream, *tls_);
+  // Servers of several names choose their certificate by it. An address is no name.
+  beast::error_code no_address;
+  net::ip::make_address(target_.address.host, no_address);
+  if (no_address) SSL_set_tlsext_host_name(connection.tls->native_handle(), target_.address.host.c_str());
+  co_await connection.tls->async_handshake(net::ssl::stream_base::client, Use(error));
+  if (error) co_return Unavailable("no TLS with {}: {}", target_.address.ToString(), error.message());
   co_return OkStatus();
 }
 
-net::awaitable<bool> HttpAsker::AskOn(Connection& connection, const std::string& path,
+template <class Stream>
+net::awaitable<bool> HttpAsker::AskOn(Stream& stream, Connection& connection, const std::string& path,
                                       const std::string& body, TimePoint deadline, RequestResult* result,
                                       Answer* answer, bool* reusable) {
   const std::string text = RequestText(target_, path, body);
   beast::error_code error;
   connection.stream.expires_at(std::chrono::time_point_cast<std::chrono::steady_clock::duration>(deadline));
   result->sent = Now();
-  co_await net::async_write(connection.stream, net::buffer(text), Use(error));
+  co_await net::async_write(stream, net::buffer(text), Use(error));
   http::response_parser<http::buffer_body> parser;
   parser.body_limit(boost::none);
-  if (!error) co_await http::async_read_header(connection.stream, connection.buffer, parser, Use(error));
+  if (!error) co_await http::async_read_header(stream, connection.buffer, parser, Use(error));
   const auto failed = [&] {
     if (stopped_) return Fail(result, RequestError::kUnfinished, "still running at the end");
     if (error == beast::error::timeout) return Fail(result, RequestError::kTimeout, "no answer in time");
@@ -92,7 +117,7 @@ net::awaitable<bool> HttpAsker::AskOn(Connection& connection, const std::string&
   while (!parser.is_done() && !error && !meter.failed() && answer->body.size() < kBodyBytesMax) {
     parser.get().body().data = chunk;
     parser.get().body().size = sizeof(chunk);
-    co_await http::async_read_some(connection.stream, connection.buffer, parser, Use(error));
+    co_await http::async_read_some(stream, connection.buffer, parser, Use(error));
     if (error == http::error::need_buffer) error = {};
     const std::string_view got(chunk, sizeof(chunk) - parser.get().body().size);
     if (measured) {
@@ -135,7 +160,10 @@ net::awaitable<HttpAsker::Answer> HttpAsker::Ask(std::string path, std::string b
       Fail(result, stopped_ ? RequestError::kUnfinished : RequestError::kConnect,
            std::string(Message(connected)));
     } else {
-      over = co_await AskOn(*connection, path, body, deadline, result, &answer, &reusable);
+      Connection& c = *connection;
+      over = c.tls.has_value()
+                 ? co_await AskOn(*c.tls, c, path, body, deadline, result, &answer, &reusable)
+                 : co_await AskOn(c.stream, c, path, body, deadline, result, &answer, &reusable);
     }
     busy_.erase(connection.get());
     if (!over) continue;  // a kept connection that the server had closed: not this request's fault

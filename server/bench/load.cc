@@ -36,7 +36,7 @@ double ThreadCpuSeconds() {
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-const char* PathOf(const BenchTarget& target) {
+const char* PathOf(const LoadTarget& target) {
   return target.chat ? "/v1/chat/completions" : "/v1/completions";
 }
 
@@ -309,7 +309,7 @@ LoadResult Load::Run(Workload workload, std::unique_ptr<HttpAsker> asker) {
 }
 
 // One request outside of any load; the io_context is run until it is over.
-StatusOr<HttpAsker::Answer> AskOnce(const BenchTarget& target, std::string path, std::string body,
+StatusOr<HttpAsker::Answer> AskOnce(const LoadTarget& target, std::string path, std::string body,
                                     RequestResult* result) {
   net::io_context io(1);
   MR_ASSIGN_OR_RETURN(const std::unique_ptr<HttpAsker> asker, HttpAsker::Create(io, target));
@@ -329,7 +329,7 @@ StatusOr<HttpAsker::Answer> AskOnce(const BenchTarget& target, std::string path,
   return answer;
 }
 
-StatusOr<std::string> FirstModel(const BenchTarget& target) {
+StatusOr<std::string> FirstModel(const LoadTarget& target) {
   RequestResult result;
   MR_ASSIGN_OR_RETURN(const HttpAsker::Answer answer, AskOnce(target, "/v1/models", "", &result));
   const auto body = ParseJson(answer.body);
@@ -343,19 +343,22 @@ StatusOr<std::string> FirstModel(const BenchTarget& target) {
 
 }  // namespace
 
-StatusOr<BenchTarget> ParseTarget(const std::string& url) {
-  constexpr std::string_view kScheme = "http://";
-  if (!url.starts_with(kScheme)) return InvalidArgument("--url '{}': only http:// is supported", url);
-  const std::string rest = url.substr(kScheme.size());
+StatusOr<LoadTarget> ParseTarget(const std::string& url) {
+  LoadTarget target;
+  target.tls = url.starts_with("https://");
+  if (!target.tls && !url.starts_with("http://")) {
+    return InvalidArgument("--url '{}': must begin with http:// or https://", url);
+  }
+  const std::string rest = url.substr(url.find("//") + 2);
   const size_t slash = rest.find('/');
-  BenchTarget target;
-  MR_ASSIGN_OR_RETURN(target.address, ParseHostPort(rest.substr(0, slash), "127.0.0.1", 80));
+  MR_ASSIGN_OR_RETURN(target.address,
+                      ParseHostPort(rest.substr(0, slash), "127.0.0.1", target.tls ? 443 : 80));
   if (slash != std::string::npos) target.path_prefix = rest.substr(slash);
   while (target.path_prefix.ends_with('/')) target.path_prefix.pop_back();
   return target;
 }
 
-StatusOr<Calibration> Calibrate(BenchTarget* target) {
+StatusOr<Calibration> Calibrate(LoadTarget* target) {
   if (target->model.empty()) {
     MR_ASSIGN_OR_RETURN(target->model, FirstModel(*target));
   }
@@ -376,6 +379,20 @@ StatusOr<Calibration> Calibrate(BenchTarget* target) {
   calibration.tokens_per_word = (tokens[1] - tokens[0]) / (kLong - kShort);
   calibration.tokens_around = std::max(0.0, tokens[0] - kShort * calibration.tokens_per_word);
   return calibration;
+}
+
+PhaseTotals ReadPhases(const LoadTarget& target, const std::string& metrics_url) {
+  LoadTarget from = target;
+  std::string path = "/metrics";
+  if (!metrics_url.empty()) {
+    const auto parsed = ParseTarget(metrics_url);
+    if (!parsed.ok()) return {};
+    from = *parsed;
+    if (!from.path_prefix.empty()) path.clear();
+  }
+  RequestResult result;
+  const auto answer = AskOnce(from, path, "", &result);
+  return answer.ok() ? ParsePhases(answer->body) : PhaseTotals{};
 }
 
 StatusOr<LoadResult> RunLoad(const LoadOptions& options,

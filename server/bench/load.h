@@ -10,20 +10,24 @@
 #include "base/latency_histogram.h"
 #include "base/net.h"
 #include "server/bench/answer_meter.h"
+#include "server/bench/server_phases.h"
 #include "server/bench/workload.h"
 
 namespace millrace::server {
 
-struct BenchTarget {
+struct LoadTarget {
   HostPort address;
   std::string path_prefix;  // before /v1, without a final '/'
-  std::string api_key;      // empty: none is sent
-  std::string model;        // empty: the first one that the server lists
-  bool chat = true;         // /v1/chat/completions, else /v1/completions
+  bool tls = false;         // https: its certificate must be valid for the address's host, unless `insecure`
+  bool insecure = false;
+  std::string ca_file;  // certificates to trust instead of the system's; empty: the system's
+  std::string api_key;  // empty: none is sent
+  std::string model;    // empty: the first one that the server lists
+  bool chat = true;     // /v1/chat/completions, else /v1/completions
   bool stream = true;
 };
-// http://host[:port][/prefix]
-StatusOr<BenchTarget> ParseTarget(const std::string& url);
+// http[s]://host[:port][/prefix]
+StatusOr<LoadTarget> ParseTarget(const std::string& url);
 
 // How this server's tokenizer counts our words, from two short requests.
 struct Calibration {
@@ -33,7 +37,7 @@ struct Calibration {
 };
 
 struct LoadOptions {
-  BenchTarget target;
+  LoadTarget target;
   WorkloadOptions workload;
   Calibration calibration;
   int32_t users = 1;            // closed loop: so many conversations at once
@@ -77,7 +81,11 @@ struct LoadResult {
 };
 
 // Asks for the model if need be, and twice for one token. Errors say what to mend: address, key, model.
-StatusOr<Calibration> Calibrate(BenchTarget* target);
+StatusOr<Calibration> Calibrate(LoadTarget* target);
+
+// The totals of the server's phases at this moment, from `metrics_url` or, when that is empty, the target's
+// own /metrics; empty when there are none to be had.
+PhaseTotals ReadPhases(const LoadTarget& target, const std::string& metrics_url);
 
 // `progress` is called about every second. `interrupted` is looked at every 10 ms and ends the run early,
 // with what there is. An error only when nothing could be sent at all: a bad trace, a name without an

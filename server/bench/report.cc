@@ -154,6 +154,12 @@ std::string Table(const OrderedJson& s, const OrderedJson& intervals) {
     const std::string p99 = Interval(intervals, {"latency", row.key, "p99"}, true);
     out += p99.empty() ? "\n" : "   P99 over the repetitions:" + p99 + "\n";
   }
+  if (At(s, {"server_phases"}).is_object()) {
+    out += "\n  in the server, on average:";
+    for (const auto& [phase, figures] : s["server_phases"].items())
+      out += fmt::format(" {} {}", phase, Time(Number(figures, {"mean"})));
+    out += "\n";
+  }
   out += fmt::format(
       "\n  client: {:.0f} % of a core, timers {} late at P99, {:.0f} connections, at most {:.0f} in flight\n",
       100 * Number(s, {"client", "cpu_share"}), Time(Number(s, {"client", "timer_lag", "p99"})),

@@ -79,7 +79,6 @@ void Figures::Add(const RequestResult& r, const Objectives& objectives) {
 OrderedJson Timeline(const LoadResult& run) {
   struct Second {
     int64_t due = 0, served = 0, failed = 0, tokens = 0, running = 0;
-    LatencyHistogram* ttft = nullptr;
   };
   std::map<int64_t, Second> seconds;
   const auto second = [&](TimePoint t) { return static_cast<int64_t>(std::floor(Seconds(t - run.start))); };
@@ -99,6 +98,9 @@ OrderedJson Timeline(const LoadResult& run) {
     }
   }
   OrderedJson timeline = OrderedJson::array();
+  if (seconds.empty()) return timeline;
+  // A second in which nothing happened is a figure too.
+  for (int64_t at = seconds.begin()->first, last = seconds.rbegin()->first; at < last; ++at) seconds[at];
   for (const auto& [at, s] : seconds) {
     const auto found = ttft.find(at);
     timeline.push_back(

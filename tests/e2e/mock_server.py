@@ -14,9 +14,10 @@ class MockServer:
     the connection is cut. `serial`: one request at a time. stall = (begin, end) in seconds since start(): nothing moves then.
     """
 
-    def __init__(self, behave=lambda number, body: {}, serial=False, stall=None, api_key=None):
-        self.behave, self.stall, self.api_key = behave, stall, api_key
+    def __init__(self, behave=lambda number, body: {}, serial=False, stall=None, api_key=None, tls=None):
+        self.behave, self.stall, self.api_key, self.tls = behave, stall, api_key, tls  # tls: an ssl.SSLContext
         self.requests = []  # (time, body) of every generation
+        self.phases = {}  # name: {"sum": seconds, "count": n}, shown at /metrics
         self.connections = set()
         self.serial = serial
         self.began = time.monotonic()
@@ -45,12 +46,12 @@ class MockServer:
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.port}"
+        return f"https://localhost:{self.port}" if self.tls else f"http://127.0.0.1:{self.port}"
 
     def _run(self):
         asyncio.set_event_loop(self.loop)
         self.turn = asyncio.Lock()
-        self.server = self.loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=8192))
+        self.server = self.loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=8192, ssl=self.tls))
         self.port = self.server.sockets[0].getsockname()[1]
         self.ready.set()
         self.loop.run_forever()
@@ -87,6 +88,9 @@ class MockServer:
         raw = await reader.readexactly(int(headers.get("content-length", 0)))
         if self.api_key and headers.get("authorization") != f"Bearer {self.api_key}":
             return self._answer(writer, 401, {"error": {"message": "wrong API key", "type": "auth", "code": None, "param": None}})
+        if method == "GET" and path == "/metrics":
+            return self._answer(writer, 200, None, "".join(f'millrace_request_phase_seconds_{kind}{{phase="{phase}",model="mock"}} {value}\n'
+                                                             for phase, sums in self.phases.items() for kind, value in sums.items()))
         if method == "GET":
             return self._answer(writer, 200, {"object": "list", "data": [{"id": "mock", "object": "model"}]})
         body = json.loads(raw)
@@ -98,9 +102,9 @@ class MockServer:
         async with self.turn:
             return await self._generate(writer, body, plan)
 
-    def _answer(self, writer, status, body):
-        data = json.dumps(body).encode()
-        writer.write(f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+    def _answer(self, writer, status, body, text=None):
+        data = (json.dumps(body) if text is None else text).encode()
+        writer.write(f"HTTP/1.1 {status} X\r\ncontent-type: {'application/json' if text is None else 'text/plain'}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
         return True
 
     async def _generate(self, writer, body, plan):

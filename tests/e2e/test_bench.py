@@ -1,6 +1,7 @@
 """millrace bench against a server whose truth is known: every figure, every kind of failure."""
 
 import json
+import ssl
 import subprocess
 import threading
 
@@ -183,6 +184,45 @@ def test_page(tmp_path):
     assert "</script><b>" not in text and "http" not in text.replace("http://127.0.0.1", "").split("<script", 1)[0]
     data = text.split('id="report">', 1)[1].split("</script>", 1)[0]
     assert len(json.loads(data)["levels"]) == 2
+
+
+def test_phases_of_the_server(tmp_path):
+    """What the server observed during the run, not before."""
+    phases = {"queue": {"sum": 100.0, "count": 7}, "prefill": {"sum": 3.0, "count": 7}}
+
+    def behave(number, body):
+        for name, seconds in (("queue", 0.25), ("wire", 0.5)):
+            total = phases.setdefault(name, {"sum": 0.0, "count": 0})
+            total["sum"] += seconds
+            total["count"] += 1
+        return {"first": 0.01}
+
+    with MockServer(behave) as server:
+        server.phases = phases
+        for flags in ((), ("--metrics-url", server.url + "/metrics")):
+            _, run, table = measure(tmp_path, server, "--users", 2, "--requests", 8, "--output-tokens", 2, *flags)
+            assert run["server_phases"] == {"queue": {"count": 8, "mean": 0.25}, "wire": {"count": 8, "mean": 0.5}}
+            assert "queue 250 ms wire 500 ms" in table
+        done = bench("--url", server.url, "--requests", 1, "--metrics-url", server.url + "/v1/models")
+        assert done.returncode == 0 and "no phases of requests there" in done.stderr
+
+
+def test_tls(tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                    "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    with MockServer(lambda n, body: {"first": 0.02, "gap": 0.01}, tls=context) as server:
+        args = ("--users", 2, "--requests", 8, "--output-tokens", 5)
+        for trust in (("--cacert", cert), ("--insecure",)):
+            _, run, _ = measure(tmp_path, server, *args, *trust)
+            assert run["requests"]["served"] == 8 and run["latency"]["itl"]["count"] == 8 * 4
+            assert run["client"]["connections"] <= 2, "kept and used again"
+        for url, flags, expected in ((server.url, (), "certificate"), (server.url.replace("localhost", "127.0.0.1"), ("--cacert", cert), "certificate"),
+                                     (server.url, ("--cacert", "/absent"), "/absent")):
+            done = bench("--url", url, *args, *flags)
+            assert done.returncode == 2 and expected in done.stderr, done.stderr
 
 
 def test_bad_input():
