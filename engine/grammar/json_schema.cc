@@ -134,7 +134,8 @@ class SchemaBuilder {
   StatusOr<int32_t> Count(const OrderedJson& schema, const char* key, int32_t absent,
                           const std::string& path);
   Status CheckTellApart(const OrderedJson& alternatives, const std::string& path) const;
-  Status CheckOnly(const OrderedJson& schema, std::set<std::string> allowed, const std::string& path) const;
+  Status CheckOnly(const OrderedJson& schema, const std::set<std::string>& allowed,
+                   const std::string& path) const;
 
   ExpressionPtr AsRule(const std::string& name, ExpressionPtr body) {
     return RuleCall(grammar_.Add(name, std::move(body)));
@@ -212,7 +213,7 @@ class SchemaBuilder {
   std::map<std::string, int32_t> references_;
 };
 
-Status SchemaBuilder::CheckOnly(const OrderedJson& schema, std::set<std::string> allowed,
+Status SchemaBuilder::CheckOnly(const OrderedJson& schema, const std::set<std::string>& allowed,
                                 const std::string& path) const {
   for (const auto& [key, value] : schema.items()) {
     if (!allowed.contains(key) && !kAnnotations.contains(key))

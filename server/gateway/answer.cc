@@ -113,7 +113,7 @@ void Answer::OnEvent(size_t index, const Generation::Event& event) {
   usage_.reasoning_tokens += running.choice.num_reasoning_tokens() - reasoning;
   if (delta.empty()) return;
   running.finished = !delta.finish.empty();
-  events_.emplace_back(std::move(delta));
+  events_.emplace_back(Step{std::move(delta), usage_});
   if (running.finished) {
     running.generation->Cancel(Cancelled("the answer is over"));  // a stop string was met
     if (++num_finished_ == running_.size()) {

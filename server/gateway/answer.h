@@ -43,19 +43,23 @@ class Answer : public std::enable_shared_from_this<Answer> {
   static std::shared_ptr<Answer> Start(boost::asio::any_io_executor executor, const AnswerContext& context,
                                        const ApiRequest& request, const std::string& key, TimePoint deadline);
 
+  struct Step {
+    ChoiceDelta delta;
+    Usage usage;  // up to here; later steps may have been made already
+  };
   struct Tick {};  // nothing came within the wait
   struct Done {};  // every choice has finished
   struct Failed {
     Status status;
   };
-  using Event = std::variant<ChoiceDelta, Done, Failed, Tick>;
+  using Event = std::variant<Step, Done, Failed, Tick>;
   // The next event, or Tick after `wait`. Nothing comes after Done or Failed.
   boost::asio::awaitable<Event> Next(Duration wait);
 
   // Stops the work on every worker; the answer ends as Failed(`reason`).
   void Cancel(const Status& reason);
 
-  const Usage& usage() const { return usage_; }
+  const Usage& usage() const { return usage_; }  // of all that was made so far
 
  private:
   struct Running {

@@ -141,7 +141,7 @@ class ChatCall : public std::enable_shared_from_this<ChatCall> {
     ChatProtoFormat format(*api_, context_->model, context_->tokenizer, std::time(nullptr));
     while (true) {
       const Answer::Event event = co_await answer_->Next(context_->options.keepalive);
-      if (const auto* delta = std::get_if<ChoiceDelta>(&event)) Deliver(*delta, format, answer_->usage());
+      if (const auto* step = std::get_if<Answer::Step>(&event)) Deliver(step->delta, format, step->usage);
       if (const auto* failed = std::get_if<Answer::Failed>(&event)) {
         Refuse(context_->FailureOf(failed->status));
         break;

@@ -78,7 +78,7 @@ net::awaitable<HttpOutcome> AnswerWhole(HttpConnection& connection, GatewayConte
       connection.EndAfterThis();
       co_return HttpOutcome{};
     }
-    if (const auto* delta = std::get_if<ChoiceDelta>(&event)) format.Collect(*delta);
+    if (const auto* step = std::get_if<Answer::Step>(&event)) format.Collect(step->delta);
     const auto* failed = std::get_if<Answer::Failed>(&event);
     if (failed == nullptr && !std::holds_alternative<Answer::Done>(event)) continue;
     HttpResponse response = failed != nullptr ? FailureResponse(connection, context.FailureOf(failed->status))
@@ -93,7 +93,7 @@ net::awaitable<HttpOutcome> AnswerWhole(HttpConnection& connection, GatewayConte
 // connection breaks off.
 std::string Frames(const HttpConnection& connection, const GatewayContext& context,
                    const Answer::Event& event, const Usage& usage, AnswerFormat& format) {
-  if (const auto* delta = std::get_if<ChoiceDelta>(&event)) return format.Delta(*delta, usage);
+  if (const auto* step = std::get_if<Answer::Step>(&event)) return format.Delta(step->delta, step->usage);
   if (std::holds_alternative<Answer::Done>(event)) return format.End(usage);
   const auto* failed = std::get_if<Answer::Failed>(&event);
   if (failed == nullptr) return ": keepalive\n\n";
@@ -124,7 +124,9 @@ net::awaitable<HttpOutcome> AnswerStream(HttpConnection& connection, GatewayCont
       HttpResponse header = StreamHeader();
       if (!co_await connection.BeginStream(std::move(header))) co_return HttpOutcome{};
       started = true;
-      out = format.Begin(answer.usage());
+      Usage nothing_yet;
+      nothing_yet.prompt_tokens = answer.usage().prompt_tokens;
+      out = format.Begin(nothing_yet);
     }
     out += Frames(connection, context, event, answer.usage(), format);
     const bool written = co_await connection.WriteChunk(std::move(out));
