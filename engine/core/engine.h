@@ -54,6 +54,10 @@ struct EngineRequest {
   std::string cache_salt;  // KV is shared only among requests of one salt
 };
 
+// Rows of logits that one step may have beside one per running sequence: of a prompt whose log-probabilities
+// are wanted.
+inline constexpr int32_t kScoredRowsMax = kPageTokens;
+
 struct TokenEvent {
   int32_t index = 0;  // number of this token in the answer, gap-free from output.size() at submission; an
                       // import's first token that was already sent is not said again and leaves a gap there
@@ -61,6 +65,8 @@ struct TokenEvent {
   FinishReason finish = FinishReason::kNone;  // not kNone on the last token
   // Of a prefill with an MTP layer: the last row's final hidden state, [hidden_size].
   std::vector<float> mtp_hidden = {};
+  // With the first token of an answer whose sampling says prompt_logprobs: the prompt's tokens but the first.
+  std::vector<SampledToken> prompt = {};
   int32_t cached_tokens = 0;  // with the first token: how many of the prompt were found in the prefix cache
 };
 

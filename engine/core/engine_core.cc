@@ -201,6 +201,7 @@ void EngineCore::FailGrants(Sequence* sequence, const Status& status) {
 bool EngineCore::AppendToken(Sequence* sequence, SampledToken token, bool send) {
   TokenEvent event;
   event.index = sequence->num_output();
+  if (event.index == 0) event.prompt = std::move(sequence->prompt_scores);
   if (sequence->num_tokens() == sequence->num_imported) event.cached_tokens = sequence->num_found;
   const std::vector<int32_t>& ends = sequence->end_tokens;
   sequence->tokens.push_back(token.token);

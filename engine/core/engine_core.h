@@ -101,6 +101,7 @@ class EngineCore : private PageCopier {
   void AddRun(Sequence* sequence, int32_t num_tokens);
   bool MayDraft(const Sequence& sequence) const;
   bool TakeLogits(size_t run, const StepOutput& output, size_t first_row);
+  void ScorePrompt(Sequence* sequence, const Segment& segment, std::span<const float> logits) const;
   void KeepHidden(Sequence* sequence, std::span<const float> rows);
   Status DraftNext(std::span<Sequence* const> sequences);
   Status RunBatch();

@@ -11,7 +11,7 @@ namespace millrace::engine {
 // The cached beginning of the sequence's text that can be had at once and quicker than by computing it. At
 // least one token is left to compute: somebody needs its logits.
 std::vector<CachedPage*> EngineCore::FindCached(Sequence* sequence) const {
-  if (!options_.prefix_cache) return {};
+  if (!options_.prefix_cache || sequence->is_scoring()) return {};
   ExtendPageKeys(sequence->cache_root, sequence->tokens, &sequence->page_keys);
   const auto pages_max = static_cast<size_t>((sequence->num_tokens() - 1) / kPageTokens);
   const auto keys = std::span(sequence->page_keys);

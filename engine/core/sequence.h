@@ -51,6 +51,8 @@ struct Sequence {
   // when rows before are missing: then nothing is drafted until the text is computed again.
   int32_t mtp_begin = -1;
   std::vector<float> mtp_hidden;
+  std::vector<SampledToken>
+      prompt_scores;                // of prompt tokens 1.., as far as computed; go with the first token
   int32_t draft = -1;               // the token after the pending one, as the MTP layer expects it; -1 none
   bool fetch_begun = false;         // pages that only the file has were asked for while it queues
   TimePoint fetch_until;            // by then it would have been as quick to compute them
@@ -63,6 +65,11 @@ struct Sequence {
   int32_t num_output() const { return num_tokens() - num_prompt; }
   int32_t num_pending() const { return num_tokens() - num_computed; }
   bool is_decoding() const { return num_computed > 0 && num_computed >= num_prefill; }
+  // Every row of its next chunk has a log-probability to tell.
+  bool is_scoring() const {
+    return request.sampling.prompt_logprobs && num_output() == 0 &&
+           static_cast<int32_t>(prompt_scores.size()) + 1 < num_prompt;
+  }
   std::span<const int32_t> prompt() const { return std::span(tokens).first(static_cast<size_t>(num_prompt)); }
   std::span<const int32_t> output() const {
     return std::span(tokens).subspan(static_cast<size_t>(num_prompt));

@@ -30,7 +30,7 @@ bool EngineCore::MayDraft(const Sequence& sequence) const {
 
 void EngineCore::AddRun(Sequence* sequence, int32_t num_tokens) {
   const bool last = num_tokens == sequence->num_pending();
-  int32_t num_logits = last ? 1 : 0;
+  int32_t num_logits = sequence->is_scoring() ? num_tokens : last ? 1 : 0;
   if (MayDraft(*sequence)) {
     sequence->tokens.push_back(sequence->draft);  // until its logits are there
     ++num_tokens;

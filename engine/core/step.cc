@@ -16,8 +16,8 @@ namespace {
 std::optional<DrawParams> BackendDraw(const Sequence& sequence, int32_t num_vocabulary_tokens) {
   const SamplingParams& params = sequence.request.sampling;
   const bool masks = sequence.num_output() < params.min_tokens && !sequence.end_tokens.empty();
-  if (masks || params.num_logprobs >= 0 || !params.logit_bias.empty() || params.repetition_penalty != 1 ||
-      params.presence_penalty != 0 || params.frequency_penalty != 0) {
+  if (masks || params.mask != nullptr || params.num_logprobs >= 0 || !params.logit_bias.empty() ||
+      params.repetition_penalty != 1 || params.presence_penalty != 0 || params.frequency_penalty != 0) {
     return std::nullopt;
   }
   DrawParams draw;
@@ -70,10 +70,17 @@ void EngineCore::BuildBatch() {
   const std::vector<Sequence*> running(running_.begin(), running_.end());
   std::vector<ScheduleEntry> entries;
   entries.reserve(running.size());
+  bool scores = false;
   for (size_t slot = 0; slot < running.size(); ++slot) {
     const Sequence& sequence = *running[slot];
     if (sequence.num_pages() < PagesFor(sequence.num_tokens())) continue;  // found no page to grow into
-    entries.push_back({static_cast<int32_t>(slot), sequence.num_pending(), sequence.is_decoding(),
+    int32_t num_pending = sequence.num_pending();
+    if (sequence.is_scoring()) {
+      if (scores) continue;  // one in a step, for that many rows there are
+      scores = true;
+      num_pending = std::min(num_pending, kScoredRowsMax);
+    }
+    entries.push_back({static_cast<int32_t>(slot), num_pending, sequence.is_decoding(),
                        sequence.request.priority, sequence.arrival});
   }
   if (entries.empty()) return;
@@ -133,7 +140,8 @@ bool EngineCore::TakeLogits(size_t run, const StepOutput& output, size_t first_r
   Sequence* const sequence = runs_[run];
   const Segment& segment = batch_.segments[run];
   const auto num_tokens = static_cast<int32_t>(segment.tokens.size());
-  const int32_t num_drafts = segment.num_logits > 1 ? 1 : 0;
+  const bool scoring = sequence->is_scoring();
+  const int32_t num_drafts = !scoring && segment.num_logits > 1 ? 1 : 0;
   if (!sequence->is_decoding()) prompt_tokens_ += static_cast<uint64_t>(num_tokens);
   sequence->num_computed += num_tokens - num_drafts;
   int32_t draft = -1;
@@ -142,8 +150,14 @@ bool EngineCore::TakeLogits(size_t run, const StepOutput& output, size_t first_r
     sequence->tokens.pop_back();
   }
   const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
+  int32_t num_rows = segment.num_logits;  // to draw from
+  if (scoring) {
+    ScorePrompt(sequence, segment, output.logits.subspan(first_row * vocab_size));
+    num_rows = sequence->num_pending() == 0 ? 1 : 0;
+    first_row += static_cast<size_t>(segment.num_logits - 1);
+  }
   const auto hidden_size = output.hidden.empty() ? 0 : static_cast<size_t>(backend_->config().hidden_size);
-  for (int32_t i = 0; i < segment.num_logits; ++i) {
+  for (int32_t i = 0; i < num_rows; ++i) {
     const size_t row = first_row + static_cast<size_t>(i);
     if (i > 0) {  // the draft was drawn: its row is as computed as any
       ++sequence->num_computed;
@@ -168,6 +182,21 @@ bool EngineCore::TakeLogits(size_t run, const StepOutput& output, size_t first_r
     if (token != draft) break;
   }
   return true;
+}
+
+// `logits`: of the segment's rows, and whatever follows. A row tells of the token after its own. After a
+// preemption some are known already.
+void EngineCore::ScorePrompt(Sequence* sequence, const Segment& segment,
+                             std::span<const float> logits) const {
+  const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
+  for (size_t i = 0; i < segment.tokens.size(); ++i) {
+    const size_t at = static_cast<size_t>(segment.position) + i + 1;
+    if (at == static_cast<size_t>(sequence->num_prompt)) return;
+    if (at != sequence->prompt_scores.size() + 1) continue;
+    sequence->prompt_scores.push_back(Score(logits.subspan(i * vocab_size, vocab_size),
+                                            options_.num_vocabulary_tokens, sequence->tokens[at],
+                                            sequence->request.sampling.num_logprobs));
+  }
 }
 
 // Tells the sinks of prefill requests which pages this step makes final in `layer`.

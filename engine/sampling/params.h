@@ -2,8 +2,12 @@
 // What a client may ask of sampling, and what comes out of one draw. Plain data, validated at the edge.
 
 #include <cstdint>
+#include <memory>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "engine/sampling/token_mask.h"
 
 namespace millrace::engine {
 
@@ -21,6 +25,14 @@ struct SamplingParams {
   bool ignore_eos = false;
   std::vector<int32_t> stop_token_ids;                // besides the model's own end tokens
   std::vector<std::pair<int32_t, float>> logit_bias;  // added to logits before anything else
+  // What the answer is held to: the text that made `mask` (engine/grammar/constraint.h), or empty. It travels
+  // with the request; each worker makes its own mask.
+  std::string constraint;
+  std::shared_ptr<TokenMask>
+      mask;  // null: every token may come; shared by the copies of one request's parameters
+  // The prompt's tokens get log-probabilities too, as many as num_logprobs says. Such a prompt is computed in
+  // full.
+  bool prompt_logprobs = false;
   int32_t num_logprobs = -1;  // -1 none, 0 the chosen token's only, n also the n most likely (<= 20)
 };
 

@@ -36,8 +36,8 @@ struct Scratch {
 };
 
 bool NeedsAdjustment(const SampleInput& input, const SamplingParams& params) {
-  return !params.logit_bias.empty() || params.repetition_penalty != 1 || params.presence_penalty != 0 ||
-         params.frequency_penalty != 0 ||
+  return params.mask != nullptr || !params.logit_bias.empty() || params.repetition_penalty != 1 ||
+         params.presence_penalty != 0 || params.frequency_penalty != 0 ||
          (static_cast<int32_t>(input.output.size()) < params.min_tokens && !input.end_tokens.empty());
 }
 
@@ -60,7 +60,25 @@ void ForEachDistinct(std::initializer_list<std::span<const int32_t>> spans, int3
   }
 }
 
-// Logit bias, penalties and the mask of min_tokens, on a copy.
+// Takes away what the mask does not allow; ends are allowed by it alone.
+void ApplyMask(const SampleInput& input, TokenMask& mask, std::vector<float>* logits) {
+  const TokenMask::Allowed allowed = mask.After(input.output);
+  const auto is_end = [&](size_t token) {
+    return std::find(input.end_tokens.begin(), input.end_tokens.end(), static_cast<int32_t>(token)) !=
+           input.end_tokens.end();
+  };
+  for (size_t first = 0; first < logits->size(); first += 64) {
+    const uint64_t word = first / 64 < allowed.tokens.size() ? allowed.tokens[first / 64] : 0;
+    if (word == ~uint64_t{0}) continue;
+    const size_t last = std::min(first + 64, logits->size());
+    for (size_t token = first; token < last; ++token) {
+      if ((word >> (token - first) & 1U) == 0 && !(allowed.may_end && is_end(token)))
+        (*logits)[token] = kMasked;
+    }
+  }
+}
+
+// Logit bias, penalties, the mask of min_tokens and that of a constraint, on a copy.
 std::span<const float> Adjust(std::span<const float> logits, const SampleInput& input,
                               const SamplingParams& params, Scratch* scratch) {
   const auto num_tokens = static_cast<int32_t>(logits.size());
@@ -86,6 +104,7 @@ std::span<const float> Adjust(std::span<const float> logits, const SampleInput& 
       if (token >= 0 && token < num_tokens) adjusted[static_cast<size_t>(token)] = kMasked;
     }
   }
+  if (params.mask != nullptr) ApplyMask(input, *params.mask, &adjusted);
   return adjusted;
 }
 
@@ -205,6 +224,15 @@ void FillLogprobs(std::span<const float> logits, float best_logit, int32_t num_l
 }
 
 }  // namespace
+
+SampledToken Score(std::span<const float> logits, int32_t num_tokens_in_vocabulary, int32_t token,
+                   int32_t num_logprobs) {
+  const auto drawable = logits.first(static_cast<size_t>(num_tokens_in_vocabulary));
+  SampledToken scored;
+  scored.token = token;
+  FillLogprobs(drawable, drawable[static_cast<size_t>(ArgMax(drawable))], num_logprobs, &scored);
+  return scored;
+}
 
 SampledToken Sample(const SampleInput& input, const SamplingParams& params) {
   thread_local Scratch scratch;

@@ -17,6 +17,10 @@ struct SampleInput {
   int32_t num_tokens_in_vocabulary = 0;  // ids from here on have no token and are never drawn
 };
 
+// The log-probability of `token` and of the `num_logprobs` likeliest, by the logits as they are. Any thread.
+SampledToken Score(std::span<const float> logits, int32_t num_tokens_in_vocabulary, int32_t token,
+                   int32_t num_logprobs);
+
 // The uniform number comes from (params.seed, output.size()). Ties go to the lowest id. Any thread.
 SampledToken Sample(const SampleInput& input, const SamplingParams& params);
 

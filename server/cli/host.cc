@@ -102,14 +102,14 @@ StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model,
     engine::CudaBackendOptions backend;
     backend.num_pages = num_pages;
     backend.batch_tokens_max = options.batch_tokens_max;
-    backend.logit_rows_max = options.running_max;
+    backend.logit_rows_max = options.running_max + engine::kScoredRowsMax;
     return engine::MakeCudaBackend(model.weights, backend);
   }
   engine::CpuBackendOptions backend;
   backend.num_pages = num_pages;
   backend.num_threads = options.threads;
   backend.batch_tokens_max = options.batch_tokens_max;
-  backend.logit_rows_max = options.running_max;
+  backend.logit_rows_max = options.running_max + engine::kScoredRowsMax;
   backend.with_mtp = UsesMtp(model, options);
   MR_ASSIGN_OR_RETURN(backend.isa, engine::ParseIsa(options.isa));
   return engine::MakeCpuBackend(model.weights, backend);
@@ -188,6 +188,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   service.model_digest = model.digest;
   service.grant_pages = worker_options.grant_pages;
   service.metrics = metrics;
+  service.tokenizer = model.tokenizer.get();
   MR_ASSIGN_OR_RETURN(hosted.worker, Worker::Start(service, hosted.engine.get(), hosted.transfer.get()));
   static constexpr const char* kRoleNames[] = {"prefill", "decode", "prefill and decode"};
   LogInfo("{} worker on {}: {}, {} KV pages of 64 tokens ({:.0f} MB)",

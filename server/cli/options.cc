@@ -150,6 +150,33 @@ void AddHttp(CLI::App* command, HttpOptions& http) {
                    "Prompts up to this length are prefilled by the decode worker itself; 0 = none")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  command->add_option(
+      "--grpc-listen", http.grpc_listen,
+      "Address of the same API over gRPC (millrace.v1.Chat), behind the same keys and certificate "
+      "(default: not served)");
+  command->add_option("--admin-listen", http.admin_listen,
+                      "Address of a listener of its own for /metrics, /abort and the live view, without keys "
+                      "(default: they are on --listen, behind the keys)");
+  command->add_option("--api-keys", http.api_keys,
+                      "File of API keys, one a line, a name before it if wanted; read again when it changes "
+                      "(default: everybody may ask)");
+  command->add_option("--tls-cert", http.tls_cert,
+                      "PEM certificate (chain) of the API; read again when it changes");
+  command->add_option("--tls-key", http.tls_key, "Its private key");
+  command->add_option("--tls-client-ca", http.tls_client_ca,
+                      "PEM certificates that must have signed the clients' own");
+  command->add_option("--cors-origin", http.cors_origins,
+                      "Origin of pages that may ask from a browser, repeatable; '*' = all (default: none)");
+  command
+      ->add_option("--requests-max", http.requests_max,
+                   "Answers that the workers make at once for this gateway")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command
+      ->add_option("--queue-max", http.queue_max,
+                   "Requests that wait in the gateway; one more is answered 429")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
 }
 
 }  // namespace

@@ -39,6 +39,15 @@ struct HttpOptions {
   double request_timeout = 600;  // seconds
   double keepalive = 15;         // seconds between comment lines in a silent stream
   int32_t local_prefill_tokens_max = 0;
+  std::string grpc_listen;   // millrace.v1.Chat; empty: not served
+  std::string admin_listen;  // metrics and control; empty: on `listen`
+  std::string api_keys;      // file
+  std::string tls_cert;      // PEM files
+  std::string tls_key;
+  std::string tls_client_ca;
+  std::vector<std::string> cors_origins;
+  int32_t requests_max = 1024;  // choices at the workers at once
+  int32_t queue_max = 1024;     // requests that wait in the gateway
 };
 
 struct ServeOptions {

@@ -59,8 +59,16 @@ Duration FromSeconds(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
-GatewayOptions MakeGatewayOptions(const HttpOptions& http) {
+GatewayOptions MakeGatewayOptions(const HttpOptions& http, const std::string& effective) {
   GatewayOptions options;
+  options.effective = effective;
+  options.admin_listen = http.admin_listen;
+  options.grpc_listen = http.grpc_listen;
+  options.api_keys = http.api_keys;
+  options.tls = {http.tls_cert, http.tls_key, http.tls_client_ca};
+  options.cors_origins = http.cors_origins;
+  options.admission.running_max = http.requests_max;
+  options.admission.queue_max = http.queue_max;
   options.listen = http.listen;
   options.threads = http.http_threads;
   options.connections_max = http.connections_max;
@@ -68,6 +76,13 @@ GatewayOptions MakeGatewayOptions(const HttpOptions& http) {
   options.keepalive = FromSeconds(http.keepalive);
   options.generation.local_prefill_tokens_max = http.local_prefill_tokens_max;
   return options;
+}
+
+const char* Scheme(const HttpOptions& http) { return http.tls_cert.empty() ? "http" : "https"; }
+
+void SayWhere(const Gateway& gateway, const HttpOptions& http, const std::string& model) {
+  fmt::print("Millrace serves {} at {}://{}\n", model, Scheme(http), gateway.address());
+  if (!gateway.grpc_address().empty()) fmt::print("  gRPC: {}\n", gateway.grpc_address());
 }
 
 // Serves /metrics at `listen`, or nothing when it is empty. civetweb throws when it cannot bind.
@@ -106,9 +121,9 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
     workers.push_back(std::move(hosted));
   }
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
-  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http), info,
+  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
                                                          *model.tokenizer, *membership, metrics));
-  fmt::print("Millrace serves {} at http://{}\n", info.name, gateway->address());
+  SayWhere(*gateway, options.http, info.name);
   fmt::print(
       "  try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d "
       "'{{\"model\":\"{}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is a violin?\"}}]}}'\n",
@@ -134,9 +149,9 @@ Status ServeGateway(const GatewayCommandOptions& options, const std::string& eff
   std::sort(members.workers.begin(), members.workers.end());
   members.workers.erase(std::unique(members.workers.begin(), members.workers.end()), members.workers.end());
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
-  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http), info, *tokenizer,
-                                                         *membership, metrics));
-  fmt::print("Millrace serves {} at http://{}\n", info.name, gateway->address());
+  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
+                                                         *tokenizer, *membership, metrics));
+  SayWhere(*gateway, options.http, info.name);
   std::fflush(stdout);
   MR_RETURN_IF_ERROR(signals.Wait());
   gateway->Shutdown(FromSeconds(options.drain));

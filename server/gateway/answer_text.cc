@@ -4,8 +4,9 @@
 
 namespace millrace::server {
 
-AnswerText::AnswerText(const engine::Tokenizer& tokenizer, std::vector<std::string> stop, bool skip_special)
-    : detokenizer_(tokenizer, skip_special), stop_(std::move(stop)) {}
+AnswerText::AnswerText(const engine::Tokenizer& tokenizer, std::vector<std::string> stop, bool skip_special,
+                       bool include_stop)
+    : detokenizer_(tokenizer, skip_special), stop_(std::move(stop)), include_stop_(include_stop) {}
 
 AnswerText::Delta AnswerText::Push(engine::TokenId token) { return Release(detokenizer_.Push(token), false); }
 
@@ -14,9 +15,15 @@ AnswerText::Delta AnswerText::Finish() { return Release(detokenizer_.Finish(), t
 AnswerText::Delta AnswerText::Release(std::string text, bool final) {
   held_ += text;
   size_t stop_at = std::string::npos;
-  for (const std::string& stop : stop_) stop_at = std::min(stop_at, held_.find(stop));
+  size_t stop_length = 0;
+  for (const std::string& stop : stop_) {
+    const size_t at = held_.find(stop);
+    if (at >= stop_at) continue;
+    stop_at = at;
+    stop_length = stop.size();
+  }
   if (stop_at != std::string::npos) {
-    Delta delta{held_.substr(0, stop_at), true};
+    Delta delta{held_.substr(0, stop_at + (include_stop_ ? stop_length : 0)), true};
     held_.clear();
     return delta;
   }

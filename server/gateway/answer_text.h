@@ -12,11 +12,13 @@ namespace millrace::server {
 // One per answer; one thread at a time.
 class AnswerText {
  public:
-  AnswerText(const engine::Tokenizer& tokenizer, std::vector<std::string> stop, bool skip_special);
+  // With `include_stop` the stop string that was met stays in the text.
+  AnswerText(const engine::Tokenizer& tokenizer, std::vector<std::string> stop, bool skip_special,
+             bool include_stop = false);
 
   struct Delta {
     std::string text;      // may go to the client now
-    bool stopped = false;  // a stop string was met: `text` ends before it and the answer is over
+    bool stopped = false;  // a stop string was met: `text` ends there and the answer is over
   };
   Delta Push(engine::TokenId token);
   // The answer ended by itself: what was held back.
@@ -27,6 +29,7 @@ class AnswerText {
 
   engine::Detokenizer detokenizer_;
   const std::vector<std::string> stop_;
+  const bool include_stop_;
   std::string held_;  // text that is a proper prefix of some stop string, from some point on
 };
 

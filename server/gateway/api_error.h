@@ -15,6 +15,7 @@ struct ApiError {
   std::string type = "server_error";  // invalid_request_error, rate_limit_error, server_error ...
   std::optional<std::string> param;   // the field at fault, "messages[2].role"
   std::optional<std::string> code;    // model_not_found, context_length_exceeded, server_overloaded ...
+  int32_t retry_after_seconds = 1;    // said with 429 and 503
 };
 
 // A 400 that names the field.
@@ -34,6 +35,8 @@ class ApiResult {
   bool ok() const { return value_.has_value(); }
   T& operator*() { return *value_; }
   T* operator->() { return &*value_; }
+  const T& operator*() const { return *value_; }
+  const T* operator->() const { return &*value_; }
   const ApiError& error() const { return *error_; }
 
  private:

@@ -5,50 +5,54 @@
 #include <vector>
 
 #include "base/json.h"
-#include "engine/sampling/params.h"
 #include "engine/tokenizer/tokenizer.h"
+#include "server/gateway/answer_format.h"
 #include "server/gateway/api_request.h"
 
 namespace millrace::server {
 
-struct Usage {
-  int32_t prompt_tokens = 0;
-  int32_t completion_tokens = 0;
-  int32_t cached_tokens = 0;  // of the prompt
-};
+Json UsageJson(const Usage& usage);
 
-// Builds every body of one request: same id, created and model in each. One thread at a time.
-class ResponseBuilder {
+// Same id, created and model in every body of one request. Everything borrowed outlives it.
+class ResponseBuilder final : public AnswerFormat {
  public:
   ResponseBuilder(const ApiRequest& request, const ModelInfo& model, const engine::Tokenizer& tokenizer,
                   int64_t created);
 
-  // Remembers the log-probabilities of a token; they go out with the next chunk or with the body.
-  void AddToken(const engine::SampledToken& token);
-
-  // Stream chunks (the JSON after "data: ").
-  std::string RoleChunk(const Usage& usage);  // chat only: role=assistant, content ""
-  std::string TextChunk(const std::string& text, const Usage& usage);
-  std::string FinishChunk(const std::string& reason, const Usage& usage);
-  std::string UsageChunk(const Usage& usage);  // choices: []
-
-  // The whole answer.
-  std::string Body(const std::string& text, const std::string& reason, const Usage& usage);
+  std::string Begin(const Usage& usage) override;  // chat: role=assistant, content "", per choice
+  // One chunk per part of the delta; a finish comes alone in the last, with an empty delta.
+  std::string Delta(const ChoiceDelta& delta, const Usage& usage) override;
+  std::string End(const Usage& usage) override;
+  std::string Failure(const ApiError& error) override;
+  void Collect(const ChoiceDelta& delta) override;
+  std::string Whole(const Usage& usage) override;
 
  private:
+  struct Collected {
+    std::string content;
+    std::string reasoning;
+    Json tool_calls = Json::array();
+    std::vector<engine::SampledToken> prompt;
+    std::vector<engine::SampledToken> tokens;
+    std::string finish;
+  };
+
+  bool chat() const { return request_.endpoint == Endpoint::kChat; }
   Json Envelope(bool chunk) const;
-  Json TakeLogprobs();
-  Json TakeChatLogprobs();
-  Json TakeCompletionLogprobs();
-  std::string Chunk(Json choice, const Usage& usage);
-  std::string TokenText(engine::TokenId token) const;
+  using Tokens = std::vector<engine::SampledToken>;
+  Json Logprobs(const Tokens& prompt, const Tokens& tokens, int32_t choice);
+  Json ChatLogprobs(const Tokens& tokens) const;
+  Json CompletionLogprobs(const Tokens& prompt, const Tokens& tokens, int32_t choice);
+  Json Message(const Collected& collected) const;
+  std::string Chunk(Json choice, int32_t index, const Usage& usage) const;
 
   const ApiRequest& request_;
   const ModelInfo& model_;
   const engine::Tokenizer& tokenizer_;
   const int64_t created_;
-  std::vector<engine::SampledToken> pending_logprobs_;
-  int64_t text_offset_ = 0;  // completions' logprobs: characters so far
+  std::vector<Collected> collected_;   // per choice
+  std::vector<int64_t> text_offsets_;  // per choice, completions' logprobs: characters so far
+  std::vector<bool> prompt_ids_said_;  // per choice, completions' return_token_ids
 };
 
 }  // namespace millrace::server

@@ -110,17 +110,49 @@ ApiResult<engine::ChatMessage> ParseMessage(const OrderedJson& message, const st
   return out;
 }
 
-std::optional<ApiError> ParseTools(const OrderedJson& body, engine::ChatRequest* chat) {
-  if (!Present(body, "tools")) {
-    if (Present(body, "tool_choice") && body["tool_choice"] != "none" && body["tool_choice"] != "auto") {
-      return BadRequest("tool_choice", "'tool_choice' needs 'tools'");
+// Which tools must be called: all of them for "required", one for a name.
+std::optional<ApiError> ParseToolChoice(const OrderedJson& choice, ParsedChat* parsed) {
+  if (choice == "auto") return std::nullopt;
+  if (choice == "none") {
+    parsed->chat.tools.clear();
+    return std::nullopt;
+  }
+  std::string wanted;
+  if (choice.is_object()) {
+    const auto function = choice.find("function");
+    const bool named = choice.value("type", OrderedJson()) == "function" && function != choice.end() &&
+                       function->is_object() && function->contains("name") && (*function)["name"].is_string();
+    if (!named) {
+      return BadRequest("tool_choice",
+                        "'tool_choice' must be {\"type\":\"function\",\"function\":{\"name\":...}}");
     }
+    wanted = (*function)["name"].get<std::string>();
+    parsed->named_tool = true;
+  } else if (choice != "required") {
+    return BadRequest("tool_choice", "'tool_choice' must be 'auto', 'none', 'required' or name a function");
+  }
+  for (const OrderedJson& tool : parsed->chat.tools) {
+    const OrderedJson& function = tool["function"];
+    if (!wanted.empty() && function["name"] != wanted) continue;
+    OrderedJson required = {{"name", function["name"]}};
+    if (function.contains("parameters")) required["parameters"] = function["parameters"];
+    parsed->required_tools.push_back(std::move(required));
+  }
+  if (parsed->required_tools.empty())
+    return BadRequest("tool_choice",
+                      fmt::format("'tool_choice' names '{}', which is not among 'tools'", wanted));
+  return std::nullopt;
+}
+
+std::optional<ApiError> ParseTools(const OrderedJson& body, ParsedChat* parsed) {
+  if (!Present(body, "tools")) {
+    if (Present(body, "tool_choice") && body["tool_choice"] != "none" && body["tool_choice"] != "auto")
+      return BadRequest("tool_choice", "'tool_choice' needs 'tools'");
     return std::nullopt;
   }
   const OrderedJson& tools = body["tools"];
-  if (!tools.is_array() || tools.empty() || tools.size() > kToolsMax) {
+  if (!tools.is_array() || tools.empty() || tools.size() > kToolsMax)
     return BadRequest("tools", fmt::format("'tools' must be a list of 1 to {} tools", kToolsMax));
-  }
   for (size_t i = 0; i < tools.size(); ++i) {
     const OrderedJson& tool = tools[i];
     const std::string at = fmt::format("tools[{}]", i);
@@ -130,27 +162,42 @@ std::optional<ApiError> ParseTools(const OrderedJson& body, engine::ChatRequest*
       return BadRequest(
           at, fmt::format("'{}' must be {{\"type\":\"function\",\"function\":{{\"name\":...}}}}", at));
     }
-    chat->tools.push_back(tool);
+    parsed->chat.tools.push_back(tool);
   }
-  if (!Present(body, "tool_choice") || body["tool_choice"] == "auto") return std::nullopt;
-  if (body["tool_choice"] == "none") {
-    chat->tools.clear();
-    return std::nullopt;
-  }
-  return BadRequest("tool_choice",
-                    "'tool_choice' must be 'auto' or 'none': forcing a tool is not supported by this server");
+  return Present(body, "tool_choice") ? ParseToolChoice(body["tool_choice"], parsed) : std::nullopt;
 }
 
-std::optional<ApiError> ParseTemplateOptions(const OrderedJson& body, engine::ChatRequest* chat) {
-  if (Present(body, "add_generation_prompt")) {
-    if (!body["add_generation_prompt"].is_boolean()) {
-      return BadRequest("add_generation_prompt", "'add_generation_prompt' must be true or false");
+std::optional<ApiError> ReadBool(const OrderedJson& body, const char* key, bool* out) {
+  if (!Present(body, key)) return std::nullopt;
+  if (!body[key].is_boolean()) return BadRequest(key, fmt::format("'{}' must be true or false", key));
+  *out = body[key].get<bool>();
+  return std::nullopt;
+}
+
+std::optional<ApiError> ParseTemplateOptions(const OrderedJson& body, ParsedChat* parsed) {
+  engine::ChatRequest* const chat = &parsed->chat;
+  if (auto error = ReadBool(body, "parallel_tool_calls", &parsed->parallel_tool_calls)) return error;
+  if (auto error = ReadBool(body, "add_generation_prompt", &chat->add_generation_prompt)) return error;
+  if (auto error = ReadBool(body, "continue_final_message", &parsed->continue_final_message)) return error;
+  if (parsed->continue_final_message) {
+    if (Present(body, "add_generation_prompt") && chat->add_generation_prompt) {
+      return BadRequest("continue_final_message",
+                        "'continue_final_message' and 'add_generation_prompt' exclude each other");
     }
-    chat->add_generation_prompt = body["add_generation_prompt"].get<bool>();
+    if (chat->messages.back().role != "assistant" || !chat->messages.back().tool_calls.empty()) {
+      return BadRequest(
+          "continue_final_message",
+          "'continue_final_message' needs a last message from the assistant, without tool calls");
+    }
+    chat->add_generation_prompt = false;
   }
   if (Present(body, "reasoning_effort")) {
-    if (!body["reasoning_effort"].is_string())
-      return BadRequest("reasoning_effort", "'reasoning_effort' must be a string");
+    static const std::set<std::string> efforts = {"none", "minimal", "low", "medium", "high", "xhigh"};
+    if (!body["reasoning_effort"].is_string() ||
+        !efforts.contains(body["reasoning_effort"].get_ref<const std::string&>())) {
+      return BadRequest("reasoning_effort",
+                        "'reasoning_effort' must be none, minimal, low, medium, high or xhigh");
+    }
     chat->thinking = body["reasoning_effort"] != "none";
   }
   if (!Present(body, "chat_template_kwargs")) return std::nullopt;
@@ -169,8 +216,9 @@ std::optional<ApiError> ParseTemplateOptions(const OrderedJson& body, engine::Ch
 
 }  // namespace
 
-ApiResult<engine::ChatRequest> ParseChatRequest(const OrderedJson& body) {
-  engine::ChatRequest chat;
+ApiResult<ParsedChat> ParseChatRequest(const OrderedJson& body) {
+  ParsedChat parsed;
+  engine::ChatRequest& chat = parsed.chat;
   if (!Present(body, "messages")) return BadRequest("messages", "'messages' is required");
   const OrderedJson& messages = body["messages"];
   if (!messages.is_array() || messages.empty() || messages.size() > kMessagesMax) {
@@ -186,9 +234,9 @@ ApiResult<engine::ChatRequest> ParseChatRequest(const OrderedJson& body) {
       chat.messages[count - 2].role == "assistant") {
     return BadRequest("messages", "the last two messages are both from the assistant");
   }
-  if (auto error = ParseTools(body, &chat)) return *error;
-  if (auto error = ParseTemplateOptions(body, &chat)) return *error;
-  return chat;
+  if (auto error = ParseTools(body, &parsed)) return *error;
+  if (auto error = ParseTemplateOptions(body, &parsed)) return *error;
+  return parsed;
 }
 
 }  // namespace millrace::server

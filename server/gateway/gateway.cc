@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/net.h"
 #include "base/thread.h"
+#include "server/gateway/grpc_chat.h"
 #include "server/gateway/http_session.h"
 
 namespace millrace::server {
@@ -23,6 +24,8 @@ namespace net = boost::asio;
 using net::ip::tcp;
 
 constexpr Duration kCutTime = std::chrono::seconds(5);
+constexpr auto kReloadEvery = std::chrono::seconds(1);
+constexpr int32_t kAdminConnections = 16;
 
 class GatewayServer : public Gateway {
  public:
@@ -30,9 +33,12 @@ class GatewayServer : public Gateway {
                 Membership& membership, Metrics& metrics)
       : options_(options),
         model_(model),
-        context_(new GatewayContext{options_, model_, tokenizer, membership, metrics}),
+        context_(new GatewayContext{options_, model_, tokenizer, membership, metrics,
+                                    Admission(options_.admission)}),
         work_(net::make_work_guard(io_)),
-        acceptor_(io_) {}
+        acceptor_(io_),
+        admin_acceptor_(io_),
+        reload_timer_(io_) {}
 
   ~GatewayServer() override {
     Shutdown(Duration::zero());
@@ -41,22 +47,30 @@ class GatewayServer : public Gateway {
     threads_.clear();
   }
 
-  Status Listen() {
-    MR_ASSIGN_OR_RETURN(const HostPort wanted, ParseHostPort(options_.listen));
-    MR_ASSIGN_OR_RETURN(const std::vector<HostPort> addresses, Resolve(wanted));
-    boost::system::error_code error;
-    const tcp::endpoint endpoint(net::ip::make_address(addresses.front().host, error), wanted.port);
-    if (!error) acceptor_.open(endpoint.protocol(), error);
-    if (!error) acceptor_.set_option(net::socket_base::reuse_address(true), error);
-    if (!error) acceptor_.bind(endpoint, error);
-    if (!error) acceptor_.listen(1024, error);
-    if (error) return Unavailable("cannot listen on {}: {}", options_.listen, error.message());
-    address_ = HostPort{addresses.front().host, acceptor_.local_endpoint().port()}.ToString();
+  Status Prepare() {
+    if (!options_.api_keys.empty()) {
+      MR_ASSIGN_OR_RETURN(context_->keys, ApiKeys::Load(options_.api_keys));
+      LogInfo("{} API keys from {}", context_->keys->size(), options_.api_keys);
+    }
+    if (!options_.tls.certificate.empty()) {
+      MR_ASSIGN_OR_RETURN(context_->tls, TlsContext::Load(options_.tls));
+    } else if (!options_.tls.key.empty() || !options_.tls.client_ca.empty()) {
+      return InvalidArgument("TLS needs a certificate");
+    }
+    MR_RETURN_IF_ERROR(Listen(options_.listen, &acceptor_, &address_));
+    if (!options_.admin_listen.empty())
+      MR_RETURN_IF_ERROR(Listen(options_.admin_listen, &admin_acceptor_, &admin_address_));
+    if (!options_.grpc_listen.empty()) {
+      MR_ASSIGN_OR_RETURN(grpc_, GrpcChat::Start(context_, io_));
+    }
     return OkStatus();
   }
 
   void Run() {
-    net::co_spawn(io_, Accept(), net::detached);
+    net::co_spawn(io_, Accept(acceptor_, Listener::kPublic), net::detached);
+    if (admin_acceptor_.is_open())
+      net::co_spawn(io_, Accept(admin_acceptor_, Listener::kAdmin), net::detached);
+    ReloadLater();
     for (int i = 0; i < options_.threads; ++i) {
       threads_.emplace_back([this, i] {
         SetThreadName(fmt::format("http-{}", i));
@@ -66,16 +80,22 @@ class GatewayServer : public Gateway {
   }
 
   std::string address() const override { return address_; }
+  std::string admin_address() const override { return admin_address_; }
+  std::string grpc_address() const override { return grpc_ == nullptr ? "" : grpc_->address(); }
 
   void Shutdown(Duration grace) override {
     context_->draining = true;
     net::post(io_, [this] {
       boost::system::error_code ignored;
       acceptor_.close(ignored);
+      admin_acceptor_.close(ignored);
+      reload_timer_.cancel();
     });
     const TimePoint until = Clock::System().Now() + grace;
     WaitUntil(until, [this] { return context_->requests_running == 0; });
-    context_->stops.StopAll();
+    context_->answer_stops.StopAll();
+    context_->connections_stops.StopAll();
+    if (grpc_ != nullptr) grpc_->Shutdown();
     // gRPC ends a cancelled call at once. Its callbacks post to this gateway's threads, so they must have
     // come.
     WaitUntil(Clock::System().Now() + kCutTime,
@@ -89,23 +109,56 @@ class GatewayServer : public Gateway {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
 
-  net::awaitable<void> Accept() {
+  static Status Listen(const std::string& listen, tcp::acceptor* acceptor, std::string* bound) {
+    MR_ASSIGN_OR_RETURN(const HostPort wanted, ParseHostPort(listen));
+    MR_ASSIGN_OR_RETURN(const std::vector<HostPort> addresses, Resolve(wanted));
+    boost::system::error_code error;
+    const tcp::endpoint endpoint(net::ip::make_address(addresses.front().host, error), wanted.port);
+    if (!error) acceptor->open(endpoint.protocol(), error);
+    if (!error) acceptor->set_option(net::socket_base::reuse_address(true), error);
+    if (!error) acceptor->bind(endpoint, error);
+    if (!error) acceptor->listen(1024, error);
+    if (error) return Unavailable("cannot listen on {}: {}", listen, error.message());
+    *bound = HostPort{addresses.front().host, acceptor->local_endpoint().port()}.ToString();
+    return OkStatus();
+  }
+
+  // Keys and certificates are looked at again every second; what cannot be used is said and changes nothing.
+  void ReloadLater() {
+    if (context_->keys == nullptr && context_->tls == nullptr) return;
+    reload_timer_.expires_after(kReloadEvery);
+    reload_timer_.async_wait([this](boost::system::error_code error) {
+      if (error) return;
+      if (context_->keys != nullptr) Say(context_->keys->ReloadIfChanged());
+      if (context_->tls != nullptr) Say(context_->tls->ReloadIfChanged());
+      ReloadLater();
+    });
+  }
+
+  static void Say(const Status& status) {
+    if (!status.ok()) LogError("the old keys and certificates stay: {}", Message(status));
+  }
+
+  net::awaitable<void> Accept(tcp::acceptor& acceptor, Listener listener) {
     while (true) {
       auto [error, socket] =
-          co_await acceptor_.async_accept(net::make_strand(io_), net::as_tuple(net::use_awaitable));
-      if (!acceptor_.is_open()) co_return;
+          co_await acceptor.async_accept(net::make_strand(io_), net::as_tuple(net::use_awaitable));
+      if (!acceptor.is_open()) co_return;
       if (error) {
         // Out of descriptors, most likely: give running connections time to end.
         net::steady_timer pause(io_, std::chrono::milliseconds(50));
         co_await pause.async_wait(net::as_tuple(net::use_awaitable));
         continue;
       }
-      if (context_->connections >= options_.connections_max) continue;  // the socket closes here
+      // The operator gets in when clients have used up the connections.
+      const int32_t reserve = listener == Listener::kAdmin ? kAdminConnections : 0;
+      if (context_->connections >= options_.connections_max + reserve) continue;  // the socket closes here
       ++context_->connections;
       boost::system::error_code ignored;
       socket.set_option(tcp::no_delay(true), ignored);
       auto executor = socket.get_executor();
-      net::co_spawn(executor, ServeConnection(boost::beast::tcp_stream(std::move(socket)), context_),
+      net::co_spawn(executor,
+                    ServeConnection(boost::beast::tcp_stream(std::move(socket)), listener, context_),
                     net::detached);
     }
   }
@@ -116,7 +169,11 @@ class GatewayServer : public Gateway {
   net::io_context io_;
   net::executor_work_guard<net::io_context::executor_type> work_;
   tcp::acceptor acceptor_;
+  tcp::acceptor admin_acceptor_;  // closed when there is none
+  net::steady_timer reload_timer_;
   std::string address_;
+  std::string admin_address_;
+  std::unique_ptr<GrpcChat> grpc_;  // null when it is not served
   std::vector<std::jthread> threads_;
 };
 
@@ -126,9 +183,15 @@ StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const GatewayOptions& options,
                                                   const engine::Tokenizer& tokenizer, Membership& membership,
                                                   Metrics& metrics) {
   auto server = std::make_unique<GatewayServer>(options, model, tokenizer, membership, metrics);
-  MR_RETURN_IF_ERROR(server->Listen());
+  MR_RETURN_IF_ERROR(server->Prepare());
   server->Run();
-  LogInfo("gateway listens on http://{}", server->address());
+  LogInfo("gateway listens on {}://{}", options.tls.certificate.empty() ? "http" : "https",
+          server->address());
+  if (!server->grpc_address().empty()) LogInfo("gRPC on {}", server->grpc_address());
+  if (!server->admin_address().empty()) LogInfo("metrics and control on http://{}", server->admin_address());
+  if (options.api_keys.empty() && !server->address().starts_with("127.") &&
+      !server->address().starts_with("[::1]"))
+    LogWarning("everybody who reaches {} may use this server: --api-keys asks for keys", server->address());
   return StatusOr<std::unique_ptr<Gateway>>(std::move(server));
 }
 

@@ -1,9 +1,7 @@
 #include "server/gateway/generation.h"
 
 #include <algorithm>
-#include <boost/asio/as_tuple.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/use_awaitable.hpp>
 
 #include "base/log.h"
 #include "server/rpc/convert.h"
@@ -43,14 +41,15 @@ class Generation::Observer : public GenerateObserver {
 };
 
 Generation::Generation(net::any_io_executor executor, Membership& membership, InFlight& in_flight,
-                       const GenerationOptions& options, const ApiRequest& request, TimePoint deadline)
+                       const GenerationOptions& options, const GenerationRequest& request,
+                       std::function<void(const Event&)> on_event)
     : presence_(in_flight),
       executor_(std::move(executor)),
       membership_(membership),
       in_flight_(in_flight),
       options_(options),
-      deadline_(deadline),
-      wake_(executor_) {
+      deadline_(request.deadline),
+      on_event_(std::move(on_event)) {
   request_.set_request_id(request.id);
   request_.mutable_prompt()->Assign(request.prompt.begin(), request.prompt.end());
   request_.set_priority(request.priority);
@@ -58,22 +57,24 @@ Generation::Generation(net::any_io_executor executor, Membership& membership, In
   SamplingToProto(request.sampling, request_.mutable_sampling());
 }
 
-std::shared_ptr<Generation> Generation::Start(net::any_io_executor executor, Membership& membership,
-                                              InFlight& in_flight, const GenerationOptions& options,
-                                              const ApiRequest& request, TimePoint deadline) {
-  // Shared: the session and the callbacks of a running call both hold it.
-  std::shared_ptr<Generation> generation(
-      new Generation(std::move(executor), membership, in_flight, options, request, deadline));
-  generation->Dispatch();
-  return generation;
+std::shared_ptr<Generation> Generation::Create(net::any_io_executor executor, Membership& membership,
+                                               InFlight& in_flight, const GenerationOptions& options,
+                                               const GenerationRequest& request,
+                                               std::function<void(const Event&)> on_event) {
+  // Shared: its answer and the callbacks of a running call both hold it.
+  return std::shared_ptr<Generation>(
+      new Generation(std::move(executor), membership, in_flight, options, request, std::move(on_event)));
 }
 
-void Generation::Dispatch() {
+// Finds a worker and starts there; when nobody can serve, ends with `cause` if there is one: it says more
+// than "no worker".
+void Generation::Dispatch(const Status& cause) {
   const auto left = deadline_ == kNoDeadline ? Duration::max() : deadline_ - Clock::System().Now();
   if (left <= Duration::zero()) return Finish(DeadlineExceeded("the request's time was used up"));
   RouteRequest wanted;
   wanted.prompt_tokens = request_.prompt_size() + request_.output_size();
-  wanted.local_prefill_tokens_max = options_.local_prefill_tokens_max;
+  wanted.local_prefill_tokens_max =
+      request_.sampling().prompt_logprobs() ? INT32_MAX : options_.local_prefill_tokens_max;
   wanted.exclude = failed_;
   decode_lease_.Release();
   prefill_lease_.Release();
@@ -82,7 +83,7 @@ void Generation::Dispatch() {
   std::vector<WorkerSnapshot> workers = membership_.Snapshot({tokens, request_.cache_salt()});
   in_flight_.Apply(&workers);
   const auto route = PickRoute(workers, wanted);
-  if (!route.ok()) return Finish(route.status());
+  if (!route.ok()) return Finish(cause.ok() ? route.status() : cause);
   for (const WorkerSnapshot& worker : workers) {
     // The first worker settles the model: an answer is never continued by another one's weights.
     if (worker.address == route->decode && request_.model_digest().empty())
@@ -103,7 +104,13 @@ void Generation::Dispatch() {
 }
 
 void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
-  if (attempt != attempt_ || ended_ || !event.has_token()) return;
+  if (attempt != attempt_ || ended_) return;
+  if (event.has_phases()) {
+    const rpc::Phases& phases = event.phases();
+    return on_event_(
+        PhaseTimes{phases.queue_us(), phases.prefill_us(), phases.transfer_us(), phases.prefill_worker()});
+  }
+  if (!event.has_token()) return;
   engine::TokenEvent token = TokenFromProto(event.token());
   if (token.index != request_.output_size() || finish_seen_) {
     call_->Cancel();
@@ -113,8 +120,7 @@ void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
   prefill_lease_.Release();
   request_.add_output(token.token.token);
   finish_seen_ = token.finish != engine::FinishReason::kNone;
-  events_.emplace_back(std::move(token));
-  wake_.cancel();
+  on_event_(token);
 }
 
 bool Generation::CanContinue(const grpc::Status& status) const {
@@ -138,10 +144,7 @@ void Generation::OnDone(int32_t attempt, const grpc::Status& status) {
   if (!CanContinue(status)) return Finish(FromGrpc(status));
   LogWarning("request {}: worker {} failed after {} tokens ({}); trying another", request_.request_id(),
              failed_.back(), request_.output_size(), status.error_message());
-  const Status cause = FromGrpc(status);
-  Dispatch();
-  // Nobody else can serve: the first cause says more than "no worker".
-  if (ended_ && std::holds_alternative<End>(events_.back())) events_.back() = End{cause};
+  Dispatch(FromGrpc(status));
 }
 
 void Generation::Finish(Status status) {
@@ -149,25 +152,13 @@ void Generation::Finish(Status status) {
   ended_ = true;
   decode_lease_.Release();
   prefill_lease_.Release();
-  events_.emplace_back(End{std::move(status)});
-  wake_.cancel();
+  on_event_(End{std::move(status)});
 }
 
 void Generation::Cancel(const Status& reason) {
   if (ended_) return;
   if (call_ != nullptr) call_->Cancel();
   Finish(reason);
-}
-
-net::awaitable<Generation::Event> Generation::Next(Duration wait) {
-  if (events_.empty()) {
-    wake_.expires_after(std::chrono::duration_cast<std::chrono::steady_clock::duration>(wait));
-    co_await wake_.async_wait(net::as_tuple(net::use_awaitable));
-  }
-  if (events_.empty()) co_return Tick{};
-  Event event = std::move(events_.front());
-  events_.pop_front();
-  co_return event;
 }
 
 }  // namespace millrace::server

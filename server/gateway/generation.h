@@ -1,13 +1,11 @@
 #pragma once
-// One answer on its way: picks workers, follows the stream, and continues it on another worker when one is
+// One choice on its way: picks workers, follows the stream, and continues it on another worker when one is
 // lost.
 
 #include <grpcpp/grpcpp.h>
 
 #include <boost/asio/any_io_executor.hpp>
-#include <boost/asio/awaitable.hpp>
-#include <boost/asio/steady_timer.hpp>
-#include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <variant>
@@ -15,8 +13,8 @@
 
 #include "base/clock.h"
 #include "engine/core/engine.h"
-#include "server/gateway/api_request.h"
 #include "server/gateway/in_flight.h"
+#include "server/gateway/request_log.h"
 #include "server/router/membership.h"
 #include "server/rpc/generate_client.h"
 
@@ -27,32 +25,43 @@ struct GenerationOptions {
   int32_t attempts_max = 3;              // decode workers tried for one request
 };
 
+struct GenerationRequest {
+  std::string id;               // for logs and traces
+  std::vector<int32_t> prompt;  // token ids
+  engine::SamplingParams sampling;
+  int32_t priority = 0;
+  std::string cache_salt;  // KV is shared only among requests of one salt
+  TimePoint deadline = kNoDeadline;
+};
+
 // Confined to its executor (a strand): every method is called there; gRPC's threads only post to it. Tokens
 // come out gap-free and once each, whichever worker made them.
 class Generation : public std::enable_shared_from_this<Generation> {
  public:
-  // `membership` and `in_flight` outlive the generation. `request` is copied.
-  static std::shared_ptr<Generation> Start(boost::asio::any_io_executor executor, Membership& membership,
-                                           InFlight& in_flight, const GenerationOptions& options,
-                                           const ApiRequest& request, TimePoint deadline);
-
-  struct Tick {};  // nothing came within the wait
   struct End {
     Status status;  // OK only after a token that carried a finish reason
   };
-  using Event = std::variant<engine::TokenEvent, End, Tick>;
-  // The next event, or Tick after `wait`. After End nothing more comes.
-  boost::asio::awaitable<Event> Next(Duration wait);
+  using Event = std::variant<engine::TokenEvent, PhaseTimes, End>;
 
-  // Stops the work on every worker. Events end with End(`reason`). Idempotent.
+  // `membership` and `in_flight` outlive the generation. `on_event` is called on the executor; nothing comes
+  // after End.
+  static std::shared_ptr<Generation> Create(boost::asio::any_io_executor executor, Membership& membership,
+                                            InFlight& in_flight, const GenerationOptions& options,
+                                            const GenerationRequest& request,
+                                            std::function<void(const Event&)> on_event);
+  // Once. May end the generation at once.
+  void Start() { Dispatch(); }
+
+  // Stops the work on every worker. Nothing comes any more but End(`reason`). Idempotent.
   void Cancel(const Status& reason);
 
  private:
   class Observer;
 
   Generation(boost::asio::any_io_executor executor, Membership& membership, InFlight& in_flight,
-             const GenerationOptions& options, const ApiRequest& request, TimePoint deadline);
-  void Dispatch();
+             const GenerationOptions& options, const GenerationRequest& request,
+             std::function<void(const Event&)> on_event);
+  void Dispatch(const Status& cause = OkStatus());
   void OnEvent(int32_t attempt, const rpc::GenerateEvent& event);
   void OnDone(int32_t attempt, const grpc::Status& status);
   void Finish(Status status);
@@ -71,10 +80,9 @@ class Generation : public std::enable_shared_from_this<Generation> {
   std::shared_ptr<GenerateCall> call_;
   InFlight::Lease decode_lease_;
   InFlight::Lease prefill_lease_;  // until the first token of the attempt
-  std::deque<Event> events_;
+  const std::function<void(const Event&)> on_event_;
   bool finish_seen_ = false;  // a token with a finish reason came
-  bool ended_ = false;        // End is queued or was taken
-  boost::asio::steady_timer wake_;
+  bool ended_ = false;        // End was said
 };
 
 }  // namespace millrace::server

@@ -54,6 +54,16 @@ WorkerSnapshot SnapshotFromProto(const std::string& address, const rpc::WorkerSt
   snapshot.running = state.running();
   snapshot.context_max = state.context_max();
   snapshot.prefill_tokens_per_second = state.prefill_tokens_per_second();
+  snapshot.open_tickets = state.open_tickets();
+  snapshot.draining_tickets = state.draining_tickets();
+  snapshot.transfers = state.transfers();
+  std::vector<WorkerPath> paths;
+  for (const rpc::PathState& path : state.paths()) {
+    paths.push_back({path.kind(), path.local_rail(), path.remote_rail(), path.state(), path.reason(),
+                     path.bytes_done(), path.bytes_in_flight(), path.trips(), path.bytes_per_second(),
+                     path.delay_seconds()});
+  }
+  snapshot.paths = std::make_shared<const std::vector<WorkerPath>>(std::move(paths));
   return snapshot;
 }
 

@@ -2,6 +2,7 @@
 // Who serves a request: pure functions over snapshots of the workers. No clock, no I/O.
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -11,6 +12,20 @@
 namespace millrace::server {
 
 enum class WorkerRole { kPrefill, kDecode, kBoth };
+
+// One path of a worker's transfer engine, as it said it last; see transfer.h.
+struct WorkerPath {
+  std::string kind;
+  std::string local_rail;
+  std::string remote_rail;
+  std::string state;
+  std::string reason;
+  uint64_t bytes_done = 0;
+  uint64_t bytes_in_flight = 0;
+  uint64_t trips = 0;
+  double bytes_per_second = 0;
+  double delay_seconds = 0;
+};
 
 // What the watch stream of one worker last said, plus whether that stream is alive.
 struct WorkerSnapshot {
@@ -30,6 +45,11 @@ struct WorkerSnapshot {
   int32_t context_max = 0;
   double prefill_tokens_per_second = 0;  // 0 = not measured yet
   int32_t cached_tokens = 0;             // of the prompt that is to be routed: in the worker's prefix cache
+  int32_t open_tickets = 0;
+  int32_t draining_tickets = 0;
+  int32_t transfers = 0;  // requests of its transfer engine that are under way
+  // Shared: every routed request copies the snapshots. Null before the first state.
+  std::shared_ptr<const std::vector<WorkerPath>> paths;
 };
 
 struct RouteRequest {

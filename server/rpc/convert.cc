@@ -42,6 +42,8 @@ engine::SamplingParams SamplingFromProto(const rpc::Sampling& s) {
   params.stop_token_ids.assign(s.stop_token_ids().begin(), s.stop_token_ids().end());
   for (const rpc::LogitBias& bias : s.logit_bias()) params.logit_bias.emplace_back(bias.token(), bias.bias());
   params.num_logprobs = s.num_logprobs();
+  params.prompt_logprobs = s.prompt_logprobs();
+  params.constraint = s.constraint();
   return params;
 }
 
@@ -50,6 +52,8 @@ engine::SamplingParams SamplingFromProto(const rpc::Sampling& s) {
 StatusOr<engine::EngineRequest> RequestFromProto(const rpc::GenerateRequest& message, engine::RequestId id,
                                                  TimePoint now) {
   if (message.prompt().empty()) return InvalidArgument("prompt: empty");
+  if (message.sampling().prompt_logprobs() && message.prefill_size() > 0)
+    return InvalidArgument("prompt_logprobs: a prefill worker does not tell them");
   if (message.timeout_us() < 0) return InvalidArgument("timeout_us: negative");
   MR_RETURN_IF_ERROR(CheckSampling(message.sampling()));
   engine::EngineRequest request;
@@ -87,6 +91,8 @@ void SamplingToProto(const engine::SamplingParams& params, rpc::Sampling* messag
     bias->set_bias(value);
   }
   message->set_num_logprobs(params.num_logprobs);
+  message->set_prompt_logprobs(params.prompt_logprobs);
+  message->set_constraint(params.constraint);
 }
 
 void TokenToProto(const engine::TokenEvent& event, rpc::Token* message) {
@@ -97,10 +103,16 @@ void TokenToProto(const engine::TokenEvent& event, rpc::Token* message) {
   if (!event.mtp_hidden.empty()) {
     message->set_mtp_hidden(event.mtp_hidden.data(), event.mtp_hidden.size() * sizeof(float));
   }
-  for (const engine::TokenLogprob& entry : event.token.top) {
-    rpc::TokenLogprob* top = message->add_top();
+  const auto add_top = [](const engine::TokenLogprob& entry, rpc::TokenLogprob* top) {
     top->set_token(entry.token);
     top->set_logprob(entry.logprob);
+  };
+  for (const engine::TokenLogprob& entry : event.token.top) add_top(entry, message->add_top());
+  for (const engine::SampledToken& token : event.prompt) {
+    rpc::PromptToken* const out = message->add_prompt();
+    out->set_token(token.token);
+    out->set_logprob(token.logprob);
+    for (const engine::TokenLogprob& entry : token.top) add_top(entry, out->add_top());
   }
   switch (event.finish) {
     case engine::FinishReason::kNone:
@@ -124,6 +136,12 @@ engine::TokenEvent TokenFromProto(const rpc::Token& message) {
   event.mtp_hidden.resize(message.mtp_hidden().size() / sizeof(float));
   std::memcpy(event.mtp_hidden.data(), message.mtp_hidden().data(), event.mtp_hidden.size() * sizeof(float));
   for (const rpc::TokenLogprob& top : message.top()) event.token.top.push_back({top.token(), top.logprob()});
+  for (const rpc::PromptToken& token : message.prompt()) {
+    engine::SampledToken& out = event.prompt.emplace_back();
+    out.token = token.token();
+    out.logprob = token.logprob();
+    for (const rpc::TokenLogprob& top : token.top()) out.top.push_back({top.token(), top.logprob()});
+  }
   if (message.finish() == rpc::STOP) event.finish = engine::FinishReason::kStop;
   if (message.finish() == rpc::LENGTH) event.finish = engine::FinishReason::kLength;
   return event;

@@ -5,8 +5,8 @@
 #include "base/log.h"
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/stream_writer.h"
 #include "server/worker/import_attempt.h"
-#include "server/worker/stream_writer.h"
 
 namespace millrace::server {
 namespace {
@@ -129,6 +129,7 @@ Status GenerateCall::Admit() {
                               options.model_digest);
   }
   MR_ASSIGN_OR_RETURN(native_, RequestFromProto(request_, 0, begun_));
+  MR_RETURN_IF_ERROR(context_->Constrain(&native_.sampling));
   next_index_ = request_.output_size();
   if (native_.deadline != kNoDeadline) {
     deadline_timer_ = context_->control.PostAt(native_.deadline, [weak = weak_from_this()] {

@@ -6,8 +6,8 @@
 #include "base/check.h"
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/stream_writer.h"
 #include "server/worker/pieces.h"
-#include "server/worker/stream_writer.h"
 #include "server/worker/ticket.h"
 
 namespace millrace::server {
@@ -178,6 +178,7 @@ Status PrefillCall::OnStart(const rpc::PrefillCommand::Start& start) {
   begun_ = Now();
   MR_ASSIGN_OR_RETURN(engine::EngineRequest request,
                       RequestFromProto(start.request(), context_->NextId(), begun_));
+  MR_RETURN_IF_ERROR(context_->Constrain(&request.sampling));
   MR_ASSIGN_OR_RETURN(peer_, context_->transfer->Open(start.transfer_descriptor()));
   id_ = request.id;
   deadline_ = request.deadline;

@@ -2,7 +2,7 @@
 
 #include "proto/worker.grpc.pb.h"
 #include "server/rpc/channel.h"
-#include "server/worker/stream_writer.h"
+#include "server/rpc/stream_writer.h"
 
 namespace millrace::server {
 namespace {

@@ -2,7 +2,7 @@
 
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
-#include "server/worker/stream_writer.h"
+#include "server/rpc/stream_writer.h"
 
 namespace millrace::server {
 namespace {
@@ -42,6 +42,33 @@ rpc::WorkerState StateOf(const WorkerContext& context) {
   state.set_ready(!context.draining);
   state.set_prefill_tokens_per_second(context.prefill_rate.tokens_per_second());
   return state;
+}
+
+// Which paths there are and how they are, without what grows all the time.
+void AddPaths(const transfer::Snapshot& snapshot, rpc::WorkerState* state) {
+  state->set_open_tickets(snapshot.open_tickets);
+  state->set_draining_tickets(snapshot.draining_tickets);
+  state->set_transfers(snapshot.pending_requests);
+  for (const transfer::PathSnapshot& path : snapshot.paths) {
+    rpc::PathState* const out = state->add_paths();
+    out->set_kind(path.kind);
+    out->set_local_rail(path.local_rail);
+    out->set_remote_rail(path.remote_rail);
+    out->set_state(path.state);
+    out->set_reason(path.reason);
+    out->set_trips(path.trips);
+  }
+}
+
+void AddPathFigures(const transfer::Snapshot& snapshot, rpc::WorkerState* state) {
+  for (int i = 0; i < state->paths_size(); ++i) {
+    const transfer::PathSnapshot& path = snapshot.paths[static_cast<size_t>(i)];
+    rpc::PathState* const out = state->mutable_paths(i);
+    out->set_bytes_done(path.bytes_done);
+    out->set_bytes_in_flight(path.bytes_in_flight);
+    out->set_bytes_per_second(path.bytes_per_second);
+    out->set_delay_seconds(path.delay_seconds);
+  }
 }
 
 // Control thread, but for gRPC's callbacks, which only post. Shared by gRPC (until OnDone) and the tasks on
@@ -93,11 +120,14 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
     if (ended_) return;
     if (writer_.idle()) {
       rpc::WorkerState state = StateOf(*context_);
+      const transfer::Snapshot paths = context_->transfer->TakeSnapshot();
+      AddPaths(paths, &state);
       std::string bytes = state.SerializeAsString();
       const bool cache_changed = AddCacheChanges(&state);
       if (cache_changed || bytes != said_ || Now() - said_at_ >= kSayEvery) {
         said_ = std::move(bytes);
         said_at_ = Now();
+        AddPathFigures(paths, &state);
         writer_.Push(std::move(state));
       }
     }
@@ -122,7 +152,7 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
   const ActiveGuard active_;
   std::shared_ptr<WatchCall> self_;  // gRPC's share
   StreamWriter<rpc::WorkerState> writer_;
-  std::string said_;  // serialised, without the cache
+  std::string said_;  // serialised, without the cache and the paths' figures
   uint64_t cache_position_ = 0;
   TimePoint said_at_;
   bool ended_ = false;

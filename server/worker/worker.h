@@ -8,6 +8,7 @@
 #include "base/metrics.h"
 #include "base/status.h"
 #include "engine/core/engine.h"
+#include "engine/tokenizer/tokenizer.h"
 #include "server/router/router.h"
 #include "transfer/transfer.h"
 
@@ -22,6 +23,8 @@ struct WorkerOptions {
   int32_t prefill_attempts_max = 3;  // P workers tried before D prefills itself
   Duration drain_timeout = std::chrono::seconds(30);
   Metrics* metrics = nullptr;  // may be null; outlives the worker
+  const engine::Tokenizer* tokenizer =
+      nullptr;  // for constrained answers, which are refused without; outlives it
 };
 
 // Thread-safe.

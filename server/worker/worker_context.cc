@@ -39,8 +39,17 @@ WorkerContext::WorkerContext(const WorkerOptions& worker_options, engine::Engine
       region(kv_region),
       descriptor(transfer->Descriptor()),
       channels(std::make_unique<ChannelPool>(grpc::InsecureChannelCredentials())),
+      grammars(options.tokenizer == nullptr ? nullptr
+                                            : std::make_unique<engine::GrammarCache>(*options.tokenizer)),
       metrics(options.metrics) {}
 
 WorkerContext::~WorkerContext() = default;
+
+Status WorkerContext::Constrain(engine::SamplingParams* sampling) {
+  if (sampling->constraint.empty()) return OkStatus();
+  if (grammars == nullptr) return InvalidArgument("this worker has no tokenizer for constrained answers");
+  MR_ASSIGN_OR_RETURN(sampling->mask, grammars->MaskFor(sampling->constraint));
+  return OkStatus();
+}
 
 }  // namespace millrace::server

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "engine/core/engine.h"
+#include "engine/grammar/grammar_mask.h"
 #include "server/rpc/task_thread.h"
 #include "server/worker/worker.h"
 #include "server/worker/worker_metrics.h"
@@ -73,6 +74,9 @@ struct WorkerContext {
   ~WorkerContext();
 
   engine::RequestId NextId() { return next_id++; }  // control thread
+  // Gives a request that carries a constraint its mask. InvalidArgument says what is wrong with the
+  // constraint.
+  Status Constrain(engine::SamplingParams* sampling);
 
   const WorkerOptions options;
   engine::Engine* const engine;        // borrowed
@@ -80,9 +84,10 @@ struct WorkerContext {
   const engine::KvLayout layout;
   const uint64_t layout_hash;
   const std::span<std::byte> kv;
-  const transfer::RegionId region;              // of kv
-  const std::string descriptor;                 // of transfer
-  const std::unique_ptr<ChannelPool> channels;  // to prefill workers
+  const transfer::RegionId region;                       // of kv
+  const std::string descriptor;                          // of transfer
+  const std::unique_ptr<ChannelPool> channels;           // to prefill workers
+  const std::unique_ptr<engine::GrammarCache> grammars;  // null without a tokenizer
   WorkerMetrics metrics;
   const std::shared_ptr<ActiveCount> active = std::make_shared<ActiveCount>();    // calls, attempts, streams
   const std::shared_ptr<ActiveCount> watchers = std::make_shared<ActiveCount>();  // watch streams

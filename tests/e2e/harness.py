@@ -41,7 +41,7 @@ class Process:
         for line in self.popen.stdout:
             self.log.write(line.encode())
             self.log.flush()
-            found = re.search(r"Millrace .* (?:at http://|on )(\S+:\d+)$", line.strip())
+            found = re.search(r"Millrace .* (?:at https?://|on )(\S+:\d+)$", line.strip())
             if found and self.address is None:
                 self.address = found.group(1)
                 self.ready_line.set()

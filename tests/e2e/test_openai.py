@@ -67,7 +67,18 @@ def test_usage_in_the_stream(client, name):
         **fields, stream=True, stream_options={"include_usage": True},
         extra_body={"stream_options": {"include_usage": True, "continuous_usage_stats": True}}))
     counts = [chunk.usage.completion_tokens for chunk in running]
-    assert counts == sorted(counts) and counts[0] <= 1 and counts[-1] == usage.completion_tokens
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == usage.completion_tokens
+
+
+def test_running_usage_counts_what_was_said(server):
+    """However late a chunk is read: its usage is that of its own tokens and those before."""
+    body = {"messages": QUESTION, "temperature": 1.5, "seed": 4, "max_tokens": 120, "ignore_eos": True, "return_token_ids": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    said = 0
+    for event in harness.stream(server.address, body, "/v1/chat/completions"):
+        said += len(event["choices"][0].get("token_ids", [])) if event["choices"] else 0
+        assert event["usage"]["completion_tokens"] == said
+    assert said == 120
 
 
 def test_completions(client, name):
@@ -123,6 +134,28 @@ def test_completion_logprobs(client, name):
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 6
     assert all(value <= 0 for value in logprobs.token_logprobs)
     assert all(1 <= len(top) <= 2 for top in logprobs.top_logprobs)
+
+
+def test_echo_with_logprobs(client, name):
+    """What is reported of a prompt's tokens is what was reported when the model wrote them itself."""
+    fields = dict(model=name, temperature=0, logprobs=2,
+                  extra_body={"ignore_eos": True, "return_token_ids": True, "skip_special_tokens": False})
+    written = client.completions.create(prompt="What is", max_tokens=100, **fields).choices[0]
+    prompt = written.prompt_token_ids + written.token_ids
+    for max_tokens, n in ((1, 1), (3, 2)):
+        answer = client.completions.create(prompt=prompt, max_tokens=max_tokens, n=n, echo=True, **fields)
+        for choice in answer.choices:
+            echoed = choice.logprobs
+            assert choice.text.startswith("What is" + written.text)
+            assert len(echoed.tokens) == len(prompt) + max_tokens and "".join(echoed.tokens) == choice.text
+            assert echoed.token_logprobs[0] is None and echoed.top_logprobs[0] is None and echoed.text_offset[0] == 0
+            begin = len(written.prompt_token_ids)
+            assert echoed.tokens[begin:-max_tokens] == written.logprobs.tokens
+            assert echoed.token_logprobs[begin:-max_tokens] == written.logprobs.token_logprobs
+            assert echoed.top_logprobs[begin:-max_tokens] == written.logprobs.top_logprobs
+            assert all(value <= 0 for value in echoed.token_logprobs[1:])
+    streamed = list(client.completions.create(prompt=prompt, max_tokens=1, echo=True, stream=True, **fields))
+    assert [t for c in streamed if c.choices[0].logprobs for t in c.choices[0].logprobs.tokens][:-1] == echoed.tokens[:-3]
 
 
 def test_stop_strings_across_tokens(client, name):

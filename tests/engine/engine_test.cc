@@ -326,6 +326,35 @@ TEST(Engine, TakesTheTokensThatTheBackendDraws) {
   ExpectAnswer(warm, *third);
 }
 
+// Chunked, beside others, preempted, and although the cache has the prompt: what each of the prompt's tokens
+// had for log-probability.
+TEST(Engine, TellsThePromptsLogprobs) {
+  TestEngine engine(16);
+  std::vector<std::pair<EngineRequest, std::shared_ptr<Recording>>> live;
+  for (const int32_t prompt_tokens : {300, 1, 2, 64, 65, 300, 128}) {
+    EngineRequest request = Request(static_cast<RequestId>(live.size() + 1), prompt_tokens, 40);
+    request.prompt = RandomTokens(prompt_tokens, 5);  // they begin alike
+    request.sampling.prompt_logprobs = live.size() != 3;
+    request.sampling.num_logprobs = 2;
+    live.emplace_back(request, engine.Generate(request));
+  }
+  for (auto& [request, recording] : live) {
+    ExpectAnswer(request, *recording);
+    const std::vector<SampledToken> scores = recording->prompt();
+    ASSERT_EQ(scores.size(), request.sampling.prompt_logprobs ? request.prompt.size() - 1 : 0);
+    for (size_t i = 0; i < scores.size(); ++i) {
+      const std::vector<float> logits = FakeLogitsAfter(std::span(request.prompt).first(i + 1));
+      const SampledToken expected = Score(logits, kFakeVocabularyTokens, request.prompt[i + 1], 2);
+      EXPECT_EQ(scores[i].token, request.prompt[i + 1]);
+      EXPECT_EQ(scores[i].logprob, expected.logprob)
+          << "prompt of " << request.prompt.size() << ", token " << i + 1;
+      ASSERT_EQ(scores[i].top.size(), 2u);
+      EXPECT_EQ(scores[i].top[0].token, expected.top[0].token);
+    }
+  }
+  engine.ExpectAllFree();
+}
+
 TEST(Engine, DestructionCancelsWhatIsLeft) {
   std::vector<std::shared_ptr<Recording>> recordings;
   std::future<StatusOr<GrantedPages>> grant;

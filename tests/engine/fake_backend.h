@@ -379,6 +379,21 @@ struct FakeAnswer {
   FinishReason finish = FinishReason::kNone;
 };
 
+// The logits of the row of the last token.
+inline std::vector<float> FakeLogitsAfter(std::span<const int32_t> tokens) {
+  uint64_t states[kFakeLayers] = {};
+  for (size_t position = 0; position < tokens.size(); ++position) {
+    uint64_t key = FakeFirstKey(tokens[position], static_cast<int32_t>(position));
+    for (int32_t layer = 0; layer < kFakeLayers; ++layer) {
+      states[layer] = FakeFold(states[layer], key, FakeValue(key, layer));
+      key = FakeNextKey(states[layer], layer + 1);
+    }
+  }
+  std::vector<float> logits;
+  FakeLogits(states[kFakeLayers - 1], &logits);
+  return logits;
+}
+
 // What the model answers, computed without pages, batches or an engine.
 inline FakeAnswer ExpectedAnswer(const EngineRequest& request) {
   FakeAnswer answer;

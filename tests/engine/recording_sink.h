@@ -29,7 +29,12 @@ class Recording {
     EXPECT_FALSE(ended_) << "a token after the end";
     EXPECT_EQ(event.index, next_index_);
     ++next_index_;
-    if (tokens_.empty()) cached_tokens_ = event.cached_tokens;
+    if (tokens_.empty()) {
+      cached_tokens_ = event.cached_tokens;
+      prompt_ = event.prompt;
+    } else {
+      EXPECT_TRUE(event.prompt.empty());
+    }
     mtp_hidden_ = event.mtp_hidden;
     tokens_.push_back(event.token.token);
     finish_ = event.finish;
@@ -68,6 +73,7 @@ class Recording {
   std::vector<int32_t> tokens() const { return Locked(tokens_); }
   std::vector<LayerEvent> layers() const { return Locked(layers_); }
   std::vector<float> mtp_hidden() const { return Locked(mtp_hidden_); }
+  std::vector<SampledToken> prompt() const { return Locked(prompt_); }
   int32_t cached_tokens() const { return Locked(cached_tokens_); }
   FinishReason finish() const { return Locked(finish_); }
   Status status() const { return Locked(status_); }
@@ -87,6 +93,7 @@ class Recording {
   std::vector<int32_t> tokens_;
   std::vector<LayerEvent> layers_;
   int32_t cached_tokens_ = -1;
+  std::vector<SampledToken> prompt_;
   std::vector<float> mtp_hidden_;
   FinishReason finish_ = FinishReason::kNone;
   Status status_;

@@ -39,6 +39,41 @@ TEST(Speculation, ChangesNoTokenAndSavesSteps) {
   }
 }
 
+// Allows every third token, other ones after every token of the answer. Nothing changes in it, so that the
+// test may ask too.
+class EveryThird final : public TokenMask {
+ public:
+  EveryThird() {
+    for (size_t rest = 0; rest < 3; ++rest) {
+      words_[rest].assign((kFakeVocabSize + 63) / 64, 0);
+      for (size_t token = rest; token < kFakeVocabSize; token += 3)
+        words_[rest][token / 64] |= uint64_t{1} << token % 64;
+    }
+  }
+  Allowed After(std::span<const int32_t> output) override { return {words_[output.size() % 3], false}; }
+
+ private:
+  std::vector<uint64_t> words_[3];
+};
+
+// A mask holds for what is drafted, for what is drawn, and where a backend could draw by itself.
+TEST(Speculation, HoldsAMask) {
+  for (const float temperature : {0.0f, 1.5f}) {
+    TestEngine engine(30, Speculating());
+    engine.backend->DrawGreedyTokens();
+    EngineRequest request = Request(9, 65, 150);
+    request.sampling.temperature = temperature;
+    request.sampling.ignore_eos = true;
+    request.sampling.mask = std::make_shared<EveryThird>();
+    const auto answer = engine.Generate(request);
+    ExpectAnswer(request, *answer);
+    ASSERT_EQ(answer->tokens().size(), 150u);
+    for (size_t i = 0; i < 150; ++i) EXPECT_EQ(static_cast<size_t>(answer->tokens()[i]) % 3, i % 3) << i;
+    EXPECT_GT(engine.Settled().accepted_tokens, 0u);
+    engine.ExpectAllFree();
+  }
+}
+
 TEST(Speculation, HoldsInBatchesWithStopTokensAndPreemption) {
   EngineOptions options = Speculating();
   options.running_max = 6;
@@ -61,7 +96,8 @@ TEST(Speculation, CrossesFromPrefillToDecode) {
   for (const int32_t prompt_tokens : {1, 64, 65, 300}) {
     for (const bool with_hidden : {true, false}) {
       TestEngine prefill(20, Speculating()), decode(20, Speculating());
-      const EngineRequest request = Request(5, prompt_tokens, 60);
+      EngineRequest request = Request(5, prompt_tokens, 60);
+      if (with_hidden) request.sampling.mask = std::make_shared<EveryThird>();
       const auto first = prefill.Prefill(request);
       const auto answer = decode.BeginImport(request);
       const auto granted = decode.Grant(5, PagesFor(prompt_tokens));

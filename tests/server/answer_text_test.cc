@@ -111,5 +111,12 @@ TEST_F(AnswerTextTest, ShowsSpecialTokensOnlyWhenAsked) {
   EXPECT_EQ(shown.Push(kEndToken).text, "<|role_end|>");
 }
 
+TEST_F(AnswerTextTest, KeepsTheStopStringWhenAskedTo) {
+  AnswerText text(*tokenizer_, {"lo", "ell"}, true, /*include_stop=*/true);
+  const AnswerText::Delta delta = text.Push(kHelloToken);
+  EXPECT_EQ(delta.text, "hell") << "the earliest one counts";
+  EXPECT_TRUE(delta.stopped);
+}
+
 }  // namespace
 }  // namespace millrace::server

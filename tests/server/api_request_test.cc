@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <set>
 #include <string>
 #include <vector>
 
@@ -92,7 +93,7 @@ TEST_F(ApiRequestTest, RefusesChatFieldsByName) {
       {R"("repetition_penalty":0)", "repetition_penalty"},
       {R"("presence_penalty":3)", "presence_penalty"},
       {R"("frequency_penalty":-3)", "frequency_penalty"},
-      {R"("n":2)", "n"},
+      {R"("n":17)", "n"},
       {R"("n":0)", "n"},
       {R"("max_tokens":0)", "max_tokens"},
       {R"("max_tokens":"many")", "max_tokens"},
@@ -125,14 +126,35 @@ TEST_F(ApiRequestTest, RefusesChatFieldsByName) {
       {R"("tools":[])", "tools"},
       {R"("tools":[{"type":"function"}])", "tools[0]"},
       {R"("tool_choice":"required")", "tool_choice"},
-      {R"("tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":"required")", "tool_choice"},
+      {R"("tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":"maybe")", "tool_choice"},
+      {R"("tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":{"type":"function","function":{"name":"g"}})",
+       "tool_choice"},
       {R"("chat_template_kwargs":{"colour":1})", "chat_template_kwargs.colour"},
       {R"("chat_template_kwargs":{"enable_thinking":1})", "chat_template_kwargs.enable_thinking"},
-      {R"("response_format":{"type":"json_object"})", "response_format"},
+      {R"("response_format":{"type":"yaml"})", "response_format.type"},
+      {R"("response_format":{"type":"json_schema"})", "response_format.json_schema"},
+      {R"("response_format":{"type":"json_schema","json_schema":{"schema":{"not":{}}}})", "response_format"},
+      {R"("response_format":{"type":"json_object"},"min_tokens":2)", "response_format"},
+      {R"("response_format":{"type":"json_object"},"guided_regex":"a")", "guided_regex"},
+      {R"("structured_outputs":{"regex":"("})", "structured_outputs.regex"},
+      {R"("structured_outputs":{"structural_tag":"a"})", "structured_outputs.structural_tag"},
       {R"("response_format":"text")", "response_format"},
       {R"("functions":[])", "functions"},
+      {R"("parallel_tool_calls":1)", "parallel_tool_calls"},
+      {R"("reasoning_effort":"huge")", "reasoning_effort"},
+      {R"("continue_final_message":true)", "continue_final_message"},
+      {R"("modalities":["audio"])", "modalities"},
+      {R"("verbosity":"low")", "verbosity"},
+      {R"("store":true)", "store"},
+      {R"("service_tier":"flex")", "service_tier"},
+      {R"("metadata":{"a":1})", "metadata"},
+      {R"("user":7)", "user"},
+      {R"("request_id":"a b")", "request_id"},
+      {R"("return_token_ids":1)", "return_token_ids"},
+      {R"("web_search_options":{})", "web_search_options"},
+      {R"("prediction":{})", "prediction"},
       {R"("best_of":2)", "best_of"},
-      {R"("guided_json":{})", "guided_json"},
+      {R"("guided_json":7)", "guided_json"},
   };
   for (const Refused& c : cases) ExpectRefused(ChatWith(c.body), c);
 }
@@ -144,11 +166,14 @@ TEST_F(ApiRequestTest, RefusesCompletionBodiesByField) {
       {R"({"prompt":""})", "prompt"},
       {R"({"prompt":[]})", "prompt"},
       {R"({"prompt":5})", "prompt"},
-      {R"({"prompt":["a","b"]})", "prompt"},
+      {R"({"prompt":["a",7]})", "prompt[1]"},
+      {R"({"prompt":["a",""]})", "prompt[1]"},
+      {R"({"prompt":"a","tools":[]})", "tools"},
+      {R"({"prompt":["a","a","a","a","a","a","a","a","a"],"n":16})", "n"},
+      {R"({"prompt":"a","truncate_prompt_tokens":0})", "truncate_prompt_tokens"},
       {R"({"prompt":[1,-1]})", "prompt"},
       {R"({"prompt":[262]})", "prompt"},
       {R"({"prompt":[18446744073709551615]})", "prompt"},
-      {R"({"prompt":[[1],[2]]})", "prompt"},
       {R"({"prompt":[1.5]})", "prompt"},
       {R"({"prompt":"a","suffix":"b"})", "suffix"},
       {R"({"prompt":"a","logprobs":21})", "logprobs"},
@@ -186,7 +211,7 @@ TEST_F(ApiRequestTest, FillsInDefaults) {
   EXPECT_FLOAT_EQ(chat->sampling.temperature, 1);
   EXPECT_FLOAT_EQ(chat->sampling.top_p, 1);
   EXPECT_EQ(chat->sampling.num_logprobs, -1);
-  EXPECT_EQ(chat->sampling.max_tokens, 512 - static_cast<int32_t>(chat->prompt.size()));
+  EXPECT_EQ(chat->sampling.max_tokens, 512 - static_cast<int32_t>(chat->prompts[0].size()));
   EXPECT_FALSE(chat->stream);
   auto other = Chat(std::string("{") + kChatHead + "}");
   EXPECT_NE(chat->sampling.seed, other->sampling.seed) << "a request without a seed draws one";
@@ -195,7 +220,7 @@ TEST_F(ApiRequestTest, FillsInDefaults) {
   auto completion = Completion(R"({"prompt":"hello"})");
   ASSERT_TRUE(completion.ok()) << completion.error().message;
   EXPECT_EQ(completion->sampling.max_tokens, 16);
-  EXPECT_THAT(completion->prompt, ElementsAre(kHelloToken));
+  EXPECT_THAT(completion->prompts, ElementsAre(ElementsAre(kHelloToken)));
 }
 
 TEST_F(ApiRequestTest, TakesEveryFormOfAPrompt) {
@@ -203,7 +228,7 @@ TEST_F(ApiRequestTest, TakesEveryFormOfAPrompt) {
        {R"({"prompt":"hello"})", R"({"prompt":["hello"]})", R"({"prompt":[260]})", R"({"prompt":[[260]]})"}) {
     auto request = Completion(body);
     ASSERT_TRUE(request.ok()) << body << ": " << request.error().message;
-    EXPECT_THAT(request->prompt, ElementsAre(kHelloToken)) << body;
+    EXPECT_THAT(request->prompts, ElementsAre(ElementsAre(kHelloToken))) << body;
   }
 }
 
@@ -240,6 +265,85 @@ TEST_F(ApiRequestTest, ReadsEveryField) {
   EXPECT_THAT(request->unknown_fields, ElementsAre("made_up"));
 }
 
+TEST_F(ApiRequestTest, TakesSeveralPromptsAndChoices) {
+  auto request = Completion(R"({"prompt":["hello",[1,2]],"n":3,"seed":5})");
+  ASSERT_TRUE(request.ok()) << request.error().message;
+  EXPECT_EQ(request->num_choices(), 6);
+  EXPECT_THAT(request->PromptOf(2), ElementsAre(kHelloToken));
+  EXPECT_THAT(request->PromptOf(3), ElementsAre(1, 2));
+  EXPECT_EQ(request->SamplingOf(0).seed, 5U) << "n = 1 and n > 1 begin alike";
+  std::set<uint64_t> seeds;
+  for (int32_t i = 0; i < 6; ++i) seeds.insert(request->SamplingOf(i).seed);
+  EXPECT_EQ(seeds.size(), 6U);
+}
+
+TEST_F(ApiRequestTest, TakesValuesThatAskForNothing) {
+  auto request = ChatWith(
+      R"("modalities":["text"],"verbosity":"medium","store":false,"service_tier":"auto","best_of":1,)"
+      R"("response_format":{"type":"text"},"metadata":{"a":"b"},"reasoning_effort":"none")");
+  ASSERT_TRUE(request.ok()) << request.error().message;
+  EXPECT_TRUE(request->unknown_fields.empty());
+}
+
+TEST_F(ApiRequestTest, TruncatesFromTheFront) {
+  auto request = Completion(R"({"prompt":[1,2,3,4],"truncate_prompt_tokens":2})");
+  ASSERT_TRUE(request.ok()) << request.error().message;
+  EXPECT_THAT(request->prompts[0], ElementsAre(3, 4));
+}
+
+TEST_F(ApiRequestTest, ContinuesTheFinalMessage) {
+  const std::string messages =
+      R"("messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello"}])";
+  auto request = Chat("{" + messages + R"(,"continue_final_message":true})");
+  ASSERT_TRUE(request.ok()) << request.error().message;
+  EXPECT_EQ(request->prompts[0].back(), kHelloToken) << "the turn is not closed";
+}
+
+TEST_F(ApiRequestTest, ParsesToolCallsOnlyWhenToolsAreOffered) {
+  const std::string tools = R"("tools":[{"type":"function","function":{"name":"f"}}])";
+  const ModelInfo roomy{"tiny", 8192, 1700000000, engine::ChatFormatKind::kLingV2};
+  const auto parse = [&](const std::string& fields) {
+    auto request = ParseApiRequest(Endpoint::kChat, std::string("{") + kChatHead + "," + fields + "}", roomy,
+                                   *tokenizer_);
+    EXPECT_TRUE(request.ok()) << request.error().message;
+    return request->parser;
+  };
+  EXPECT_TRUE(parse(tools).tools);
+  EXPECT_FALSE(parse(tools).single_tool_call);
+  EXPECT_TRUE(parse(tools + R"(,"parallel_tool_calls":false)").single_tool_call);
+  EXPECT_FALSE(parse(tools + R"(,"tool_choice":"none")").tools);
+  EXPECT_FALSE(parse(R"("user":"u")").tools);
+  EXPECT_TRUE(parse(R"("chat_template_kwargs":{"enable_thinking":true})").thinking);
+}
+
+TEST_F(ApiRequestTest, WritesConstraints) {
+  const ModelInfo roomy{"tiny", 8192, 1700000000, engine::ChatFormatKind::kLingV2};
+  const std::string tools = R"("tools":[{"type":"function","function":{"name":"f"}},)"
+                            R"({"type":"function","function":{"name":"g","parameters":{"type":"object"}}}],)";
+  const struct {
+    std::string fields;
+    std::string constraint;
+  } cases[] = {
+      {R"("response_format":{"type":"text"})", ""},
+      {R"("response_format":{"type":"json_object"})", R"({"type":"json_object"})"},
+      {R"("response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{"type":"null"}}})",
+       R"({"type":"json_schema","schema":{"type":"null"}})"},
+      {R"("structured_outputs":{"choice":["a","b"]})", R"({"type":"choice","choices":["a","b"]})"},
+      {R"("guided_json":"{\"type\":\"null\"}")", R"({"type":"json_schema","schema":{"type":"null"}})"},
+      {tools + R"("tool_choice":"auto")", ""},
+      {tools + R"("tool_choice":"required")",
+       R"({"type":"tool_calls","tools":[{"name":"f"},{"name":"g","parameters":{"type":"object"}}],"single":false})"},
+      {tools + R"("tool_choice":{"type":"function","function":{"name":"g"}})",
+       R"({"type":"tool_calls","tools":[{"name":"g","parameters":{"type":"object"}}],"single":true})"},
+  };
+  for (const auto& c : cases) {
+    auto request = ParseApiRequest(Endpoint::kChat, std::string("{") + kChatHead + "," + c.fields + "}",
+                                   roomy, *tokenizer_);
+    ASSERT_TRUE(request.ok()) << c.fields << ": " << request.error().message;
+    EXPECT_EQ(request->sampling.constraint, c.constraint) << c.fields;
+  }
+}
+
 TEST_F(ApiRequestTest, TakesNullAsAbsent) {
   auto request = ChatWith(
       R"("temperature":null,"stop":null,"seed":null,"tools":null,"max_tokens":null,"stream_options":null)");
@@ -252,7 +356,7 @@ TEST_F(ApiRequestTest, JoinsContentPartsAndRendersTools) {
   auto parts = Chat(
       R"({"messages":[{"role":"user","content":[{"type":"text","text":"hello "},{"type":"text","text":"there"}]}]})");
   ASSERT_TRUE(whole.ok() && parts.ok());
-  EXPECT_EQ(whole->prompt, parts->prompt);
+  EXPECT_EQ(whole->prompts, parts->prompts);
 
   const ModelInfo roomy{"tiny", 8192, 1700000000, engine::ChatFormatKind::kLingV2};
   auto tools = ParseApiRequest(
@@ -261,7 +365,7 @@ TEST_F(ApiRequestTest, JoinsContentPartsAndRendersTools) {
       R"("tools":[{"type":"function","function":{"name":"get_weather","parameters":{"type":"object"}}}]})",
       roomy, *tokenizer_);
   ASSERT_TRUE(tools.ok()) << tools.error().message;
-  EXPECT_THAT((*tokenizer_).Decode(tools->prompt, /*skip_special=*/true), HasSubstr("get_weather"));
+  EXPECT_THAT((*tokenizer_).Decode(tools->prompts[0], /*skip_special=*/true), HasSubstr("get_weather"));
 }
 
 }  // namespace

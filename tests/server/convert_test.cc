@@ -31,6 +31,8 @@ TEST(RequestFromProto, KeepsEveryField) {
   params.stop_token_ids = {4, 5};
   params.logit_bias = {{6, -3.0f}};
   params.num_logprobs = 0;
+  params.prompt_logprobs = true;
+  params.constraint = R"({"type":"json_object"})";
   rpc::GenerateRequest message = Valid();
   SamplingToProto(params, message.mutable_sampling());
   message.add_output(8);
@@ -47,13 +49,14 @@ TEST(RequestFromProto, KeepsEveryField) {
   EXPECT_EQ(request->cache_salt, "salt");
   EXPECT_EQ(request->deadline, now + std::chrono::seconds(1));
   const engine::SamplingParams& got = request->sampling;
-  EXPECT_EQ(std::tie(got.temperature, got.top_p, got.top_k, got.min_p, got.repetition_penalty,
-                     got.presence_penalty, got.frequency_penalty, got.seed, got.max_tokens, got.min_tokens,
-                     got.ignore_eos, got.stop_token_ids, got.logit_bias, got.num_logprobs),
-            std::tie(params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty,
-                     params.presence_penalty, params.frequency_penalty, params.seed, params.max_tokens,
-                     params.min_tokens, params.ignore_eos, params.stop_token_ids, params.logit_bias,
-                     params.num_logprobs));
+  EXPECT_EQ(
+      std::tie(got.temperature, got.top_p, got.top_k, got.min_p, got.repetition_penalty, got.presence_penalty,
+               got.frequency_penalty, got.seed, got.max_tokens, got.min_tokens, got.ignore_eos,
+               got.stop_token_ids, got.logit_bias, got.num_logprobs, got.prompt_logprobs, got.constraint),
+      std::tie(params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty,
+               params.presence_penalty, params.frequency_penalty, params.seed, params.max_tokens,
+               params.min_tokens, params.ignore_eos, params.stop_token_ids, params.logit_bias,
+               params.num_logprobs, params.prompt_logprobs, params.constraint));
 }
 
 TEST(RequestFromProto, RefusesWhatNoEdgeWouldSend) {
@@ -73,6 +76,11 @@ TEST(RequestFromProto, RefusesWhatNoEdgeWouldSend) {
       {"max_tokens", [](auto* m) { m->mutable_sampling()->set_max_tokens(0); }},
       {"min_tokens", [](auto* m) { m->mutable_sampling()->set_min_tokens(-1); }},
       {"num_logprobs", [](auto* m) { m->mutable_sampling()->set_num_logprobs(21); }},
+      {"prompt_logprobs",
+       [](auto* m) {
+         m->mutable_sampling()->set_prompt_logprobs(true);
+         m->add_prefill("10.0.0.1:1");
+       }},
       {"logit_bias", [&](auto* m) { m->mutable_sampling()->add_logit_bias()->set_bias(nan); }},
   };
   for (const auto& [field, damage] : cases) {
@@ -95,7 +103,8 @@ TEST(RequestFromProto, AnEndlessTimeoutDoesNotOverflow) {
 TEST(TokenToProto, RoundTrips) {
   for (const auto finish :
        {engine::FinishReason::kNone, engine::FinishReason::kStop, engine::FinishReason::kLength}) {
-    const engine::TokenEvent event{4, {17, -0.5f, {{17, -0.5f}, {2, -1.5f}}}, finish};
+    engine::TokenEvent event{4, {17, -0.5f, {{17, -0.5f}, {2, -1.5f}}}, finish};
+    event.prompt = {{3, -2.5f, {}}, {9, -0.25f, {{8, -0.125f}}}};
     rpc::Token message;
     TokenToProto(event, &message);
     const engine::TokenEvent back = TokenFromProto(message);
@@ -105,6 +114,10 @@ TEST(TokenToProto, RoundTrips) {
     ASSERT_EQ(back.token.top.size(), 2u);
     EXPECT_EQ(back.token.top[1].token, 2);
     EXPECT_EQ(back.finish, finish);
+    ASSERT_EQ(back.prompt.size(), 2u);
+    EXPECT_EQ(back.prompt[0].logprob, -2.5f);
+    ASSERT_EQ(back.prompt[1].top.size(), 1u);
+    EXPECT_EQ(back.prompt[1].top[0].token, 8);
   }
 }
 

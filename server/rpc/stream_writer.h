@@ -7,7 +7,7 @@
 
 namespace millrace::server {
 
-// Control thread. The queue's bound is its user's: tokens of one answer, events of one prefill.
+// One thread at a time. The queue's bound is its user's: tokens of one answer, events of one prefill.
 template <typename Message>
 class StreamWriter {
  public:

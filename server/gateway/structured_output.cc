@@ -1,0 +1,125 @@
+#include "server/gateway/structured_output.h"
+
+#include "engine/grammar/automaton.h"
+#include "engine/grammar/constraint.h"
+
+namespace millrace::server {
+namespace {
+
+struct Wanted {
+  OrderedJson constraint;  // null: nothing is asked for
+  std::string param;       // the field that asked
+};
+
+bool Present(const OrderedJson& object, const char* key) {
+  return object.contains(key) && !object[key].is_null();
+}
+
+std::optional<ApiError> Take(OrderedJson constraint, const std::string& param, Wanted* wanted) {
+  if (!wanted->constraint.is_null()) {
+    return BadRequest(param, fmt::format("'{}' and '{}' exclude each other", param, wanted->param));
+  }
+  *wanted = {std::move(constraint), param};
+  return std::nullopt;
+}
+
+std::optional<ApiError> FromResponseFormat(const OrderedJson& body, Wanted* wanted) {
+  if (!Present(body, "response_format")) return std::nullopt;
+  const OrderedJson& format = body["response_format"];
+  if (!format.is_object() || !format.contains("type") || !format["type"].is_string())
+    return BadRequest("response_format", "'response_format' must be an object with a 'type'");
+  const auto type = format["type"].get<std::string>();
+  if (type == "text") return std::nullopt;
+  if (type == "json_object") return Take({{"type", "json_object"}}, "response_format", wanted);
+  if (type != "json_schema") {
+    return BadRequest("response_format.type",
+                      "'response_format.type' must be 'text', 'json_object' or 'json_schema'");
+  }
+  const auto schema = format.find("json_schema");
+  if (schema == format.end() || !schema->is_object() || !schema->contains("schema"))
+    return BadRequest("response_format.json_schema", "'response_format.json_schema.schema' is required");
+  return Take({{"type", "json_schema"}, {"schema", (*schema)["schema"]}}, "response_format", wanted);
+}
+
+// `name` of the value gives its kind: json, json_object, regex, choice, grammar.
+std::optional<ApiError> FromValue(std::string_view name, const OrderedJson& value, const std::string& param,
+                                  Wanted* wanted) {
+  if (name == "json_object") {
+    if (!value.is_boolean()) return BadRequest(param, fmt::format("'{}' must be true or false", param));
+    return value.get<bool>() ? Take({{"type", "json_object"}}, param, wanted) : std::nullopt;
+  }
+  if (name == "json") {
+    // A schema, or its text.
+    OrderedJson schema = value;
+    if (value.is_string()) {
+      auto parsed = ParseOrderedJson(value.get_ref<const std::string&>());
+      if (!parsed.ok()) return BadRequest(param, std::string(Message(parsed.status())));
+      schema = *std::move(parsed);
+    }
+    return Take({{"type", "json_schema"}, {"schema", std::move(schema)}}, param, wanted);
+  }
+  if (name == "regex") return Take({{"type", "regex"}, {"pattern", value}}, param, wanted);
+  if (name == "choice") return Take({{"type", "choice"}, {"choices", value}}, param, wanted);
+  if (name == "grammar") return Take({{"type", "grammar"}, {"grammar", value}}, param, wanted);
+  return BadRequest(param, fmt::format("'{}' is not supported by this server", param));
+}
+
+std::optional<ApiError> FromStructuredOutputs(const OrderedJson& body, Wanted* wanted) {
+  if (Present(body, "structured_outputs")) {
+    const OrderedJson& outputs = body["structured_outputs"];
+    if (!outputs.is_object())
+      return BadRequest("structured_outputs", "'structured_outputs' must be an object");
+    for (const auto& [key, value] : outputs.items()) {
+      if (value.is_null()) continue;
+      if (auto error = FromValue(key, value, "structured_outputs." + key, wanted)) return error;
+    }
+  }
+  for (const char* key : {"json", "regex", "choice", "grammar"}) {
+    const std::string param = std::string("guided_") + key;
+    if (!Present(body, param.c_str())) continue;
+    if (auto error = FromValue(key, body[param], param, wanted)) return error;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<ApiError> ParseConstraint(std::string_view text, const RenderedPrompt& prompt,
+                                        ApiRequest* request) {
+  const auto body = ParseOrderedJson(text);
+  if (!body.ok()) return BadRequest("", std::string(Message(body.status())));
+  Wanted wanted;
+  if (auto error = FromResponseFormat(*body, &wanted)) return error;
+  if (auto error = FromStructuredOutputs(*body, &wanted)) return error;
+  if (!prompt.tool_constraint.empty()) {
+    if (!wanted.constraint.is_null()) {
+      return BadRequest(wanted.param,
+                        fmt::format("'{}' and a forced 'tool_choice' exclude each other", wanted.param));
+    }
+    wanted = {*ParseOrderedJson(prompt.tool_constraint), "tools"};
+  }
+  if (wanted.constraint.is_null()) return std::nullopt;
+  if (prompt.has_tools && prompt.tool_constraint.empty()) {
+    return BadRequest(
+        wanted.param,
+        fmt::format("'{}' with tools needs 'tool_choice': 'none': the model could not call them",
+                    wanted.param));
+  }
+  if (request->parser.thinking) {
+    return BadRequest(wanted.param,
+                      fmt::format("'{}' with thinking is not supported by this server", wanted.param));
+  }
+  if (request->sampling.ignore_eos || request->sampling.min_tokens > 0) {
+    return BadRequest(
+        wanted.param,
+        fmt::format("'{}' says where the answer ends: ignore_eos and min_tokens exclude it", wanted.param));
+  }
+  request->sampling.constraint = DumpJson(wanted.constraint);
+  auto grammar = engine::BuildGrammar(request->sampling.constraint);
+  if (!grammar.ok()) return BadRequest(wanted.param, std::string(Message(grammar.status())));
+  const auto automaton = engine::Automaton::Build(*grammar);
+  if (!automaton.ok()) return BadRequest(wanted.param, std::string(Message(automaton.status())));
+  return std::nullopt;
+}
+
+}  // namespace millrace::server
