@@ -33,7 +33,7 @@ namespace millrace::transfer {
 namespace {
 
 constexpr int kRails = 4;
-constexpr size_t kMemory = 16 << 20;
+constexpr size_t kMemory = 4 << 20;
 constexpr uint64_t kWrite = 64 << 10;
 constexpr int kQueued = 128;
 constexpr double kMegabit = 1e6 / 8;
@@ -119,7 +119,11 @@ class Stream {
     for (int i = 0; i < kQueued; ++i) Submit();
   }
   ~Stream() { Stop(); }
+  // Not before every byte was written once.
   void Stop() {
+    if (stopping_) return;
+    EXPECT_TRUE(Eventually([this] { return done().size() >= kMemory / kWrite; }, std::chrono::seconds(60)))
+        << "next to nothing is written";
     stopping_ = true;
     EXPECT_TRUE(Eventually([this] { return running_ == 0; }, std::chrono::seconds(60)))
         << "writes that never end";
