@@ -73,6 +73,8 @@ __attribute__((target("avx512f,vpclmulqdq,sse4.2"))) inline __m512i Factor(Fold 
 }
 
 // size >= 256.
+constexpr size_t kPrefetchBytes = 1024;
+
 __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.2"))) uint32_t Crc32cWide(const unsigned char* data,
                                                                                 size_t size, uint32_t crc) {
   static constexpr Fold kBy2048 = FoldBy(2048), kBy512 = FoldBy(512), kBy128 = FoldBy(128);
@@ -82,7 +84,11 @@ __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.2"))) uint32_t Crc32cWide(
   data += 256, size -= 256;
   const __m512i by2048 = Factor(kBy2048);
   for (; size >= 256; size -= 256, data += 256) {
-    for (int i = 0; i < 4; ++i) x[i] = Carry(x[i], by2048, _mm512_loadu_si512(data + 64 * i));
+    for (int i = 0; i < 4; ++i) {
+      // The processor's own prefetching leaves a sixth of the speed on data that is in no cache.
+      _mm_prefetch(reinterpret_cast<const char*>(data) + kPrefetchBytes + 64 * i, _MM_HINT_T0);
+      x[i] = Carry(x[i], by2048, _mm512_loadu_si512(data + 64 * i));
+    }
   }
   const __m512i by512 = Factor(kBy512);
   __m512i all = x[0];

@@ -30,10 +30,15 @@ struct PathTraits {
   std::string kind;        // tcp, shm, rdma, local
   std::string local_rail;  // for logs, metrics and snapshots
   std::string remote_rail;
-  bool carries_slices = true;          // false: a control session, which only answers probes
-  uint32_t slices_in_flight_max = 64;  // what the path itself can hold (queue pair depth)
-  double cost = 1;                     // topology: predicted times are multiplied by it; 1 = nearest
-  double bytes_per_second_hint = 0;    // the link's nominal speed, until measured; 0 = unknown
+  bool carries_slices = true;             // false: a control session, which only answers probes
+  uint32_t slices_in_flight_max = 64;     // what the path itself can hold (queue pair depth)
+  uint32_t slice_bytes_max = UINT32_MAX;  // larger ones would hold up what shares a thread with them
+  // Whether a copy can be overtaken by a later one while the path lives. Where not, the receiver has to break
+  // the connection before it lets the later one land: late slices are sent again only when the path is given
+  // up.
+  bool overtakes = true;
+  double cost = 1;                   // topology: predicted times are multiplied by it; 1 = nearest
+  double bytes_per_second_hint = 0;  // the link's nominal speed, until measured; 0 = unknown
 };
 
 class Path {

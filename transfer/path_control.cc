@@ -10,13 +10,13 @@ namespace {
 
 using std::chrono::milliseconds;
 
-// A slice is late after max(kLateMin, 3 x its prediction, prediction + 4 x the usual deviation).
-constexpr Duration kLateMin = milliseconds(8);
+// A slice is late after max(late_min, 3 x its prediction, prediction + 4 x the usual deviation).
 constexpr double kLateFactor = 3;
 constexpr int64_t kLateDeviations = 4;
 constexpr Duration kDeviationMax = milliseconds(5);  // one disturbance must not blind the path for the next
-// A suspect path that says nothing for so long, while the peer speaks elsewhere, is given up.
-constexpr Duration kSilence = milliseconds(15);
+// A suspect path that says nothing for so many late_min, while the peer speaks elsewhere, is given up.
+constexpr int64_t kSilence = 2;
+constexpr int64_t kProbePatience = 5;  // in late_min, at least
 // Connecting: an attempt's patience, and the pauses between attempts.
 constexpr Duration kConnectPatience = milliseconds(500);
 constexpr Duration kBackoffMin = milliseconds(10), kBackoffMax = milliseconds(500);
@@ -47,7 +47,8 @@ uint64_t PathControl::SliceBytes() const {
   const auto fit =
       rate == 0 ? kFirstWindowBytes / 4
                 : static_cast<uint64_t>(rate * Seconds(options_->slice_time)) / kSliceStep * kSliceStep;
-  return std::clamp<uint64_t>(fit, options_->slice_bytes_min, options_->slice_bytes_max);
+  return std::min<uint64_t>(std::clamp<uint64_t>(fit, options_->slice_bytes_min, options_->slice_bytes_max),
+                            traits().slice_bytes_max);
 }
 
 // Twice what is under way on a path that is just busy, and a slice, so that the next one waits at its door.
@@ -57,10 +58,12 @@ uint64_t PathControl::Window() const {
   return static_cast<uint64_t>(2 * pipe) + SliceBytes();
 }
 
-bool PathControl::HasRoom(bool desperate) const {
+bool PathControl::HasRoom(bool express, bool desperate) const {
   if (!traits().carries_slices || in_flight_.size() >= traits().slices_in_flight_max) return false;
-  if (state_ == PathState::kUp || (desperate && state_ == PathState::kSuspect))
-    return bytes_in_flight_ < Window();
+  if (state_ == PathState::kUp || (desperate && state_ == PathState::kSuspect)) {
+    if (bytes_in_flight_ < Window()) return true;
+    return express && express_in_flight_ < std::min(kExpressBytesMax, bytes_in_flight_ - express_in_flight_);
+  }
   // In probation not before a probe was answered.
   return state_ == PathState::kProbation && share_ > kProbationShare &&
          static_cast<double>(bytes_in_flight_) < share_ * static_cast<double>(Window());
@@ -79,9 +82,12 @@ void PathControl::Send(TimePoint now, const Slice& slice) {
   sent.attempt = slice.attempt;
   bytes_in_flight_ += sent.bytes;
   sent.queued = bytes_in_flight_;
+  sent.express = slice.express;
+  sent.passes = slice.express && bytes_in_flight_ > express_in_flight_ + sent.bytes;
+  if (sent.express) express_in_flight_ += sent.bytes;
   const Duration predicted = meter_.Predict(sent.queued);
   sent.late_at =
-      now + std::max({kLateMin,
+      now + std::max({options_->late_min,
                       Duration(static_cast<int64_t>(kLateFactor * static_cast<double>(predicted.count()))),
                       predicted + kLateDeviations * std::min(meter_.deviation(), kDeviationMax)});
   next_late_ = std::min(next_late_, sent.late_at);
@@ -182,12 +188,13 @@ uint32_t PathControl::OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome ou
   const Sent sent = found->second;
   in_flight_.erase(found);
   bytes_in_flight_ -= sent.bytes;
+  if (sent.express) express_in_flight_ -= sent.bytes;
   if (in_flight_.empty()) next_late_ = kNoDeadline;
   if (outcome == SliceOutcome::kUnknown) {
     ++slices_resent_;
     return sent.attempt;
   }
-  last_heard_ = now;
+  last_heard_ = heard_[sent.express] = now;
   if (outcome == SliceOutcome::kBadChecksum) {
     ++slices_resent_;
     ++bad_checksums_;
@@ -195,7 +202,7 @@ uint32_t PathControl::OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome ou
   }
   bad_checksums_ = 0;
   if (outcome != SliceOutcome::kLanded) return sent.attempt;
-  meter_.Landed(now, now - sent.at, sent.queued, sent.bytes);
+  if (!sent.passes) meter_.Landed(now, now - sent.at, sent.queued, sent.bytes);
   bytes_done_ += sent.bytes;
   ++slices_done_;
   if (state_ == PathState::kProbation && !sent.late) {
@@ -213,7 +220,7 @@ void PathControl::SendProbe(TimePoint now) {
 }
 
 void PathControl::OnProbeDone(TimePoint now, uint64_t probe) {
-  last_heard_ = now;
+  last_heard_ = heard_[0] = now;
   if (probe != probe_) return;
   probe_ = 0;
   if (probe_alone_) meter_.Probed(now, now - probe_sent_);
@@ -224,7 +231,8 @@ void PathControl::OnProbeDone(TimePoint now, uint64_t probe) {
 }
 
 Duration PathControl::ProbePatience() const {
-  return std::max<Duration>(milliseconds(40), 4 * meter_.delay() + 4 * meter_.Predict(bytes_in_flight_));
+  return std::max<Duration>(kProbePatience * options_->late_min,
+                            4 * meter_.delay() + 4 * meter_.Predict(bytes_in_flight_));
 }
 
 TimePoint PathControl::Tick(TimePoint now, TimePoint peer_heard) {
@@ -251,19 +259,21 @@ TimePoint PathControl::TickConnected(TimePoint now, TimePoint peer_heard) {
   const bool data = traits().carries_slices;
   if (data && probe_ != 0 && state_ != PathState::kSuspect && now - probe_sent_ >= ProbePatience())
     Suspect(now, "a probe is not answered");
-  // Silent for the whole patience: given up whatever other paths say.
-  const bool waits = probe_ != 0 || !in_flight_.empty();
+  // Silent for the whole patience: given up whatever other paths say. Bulk and express are judged apart, for
+  // they may travel on connections of their own.
   const Duration patience = data ? options_->slice_timeout : options_->peer_timeout;
+  TimePoint waiting_since[2] = {probe_ != 0 ? probe_sent_ : kNoDeadline, kNoDeadline};
+  for (const auto& [id, sent] : in_flight_)
+    waiting_since[sent.express] = std::min(waiting_since[sent.express], sent.at);
   TimePoint next = kNoDeadline;
-  if (waits) {
-    TimePoint waiting_since = probe_ != 0 ? probe_sent_ : kNoDeadline;
-    for (const auto& [id, sent] : in_flight_) waiting_since = std::min(waiting_since, sent.at);
-    const TimePoint give_up = std::max(last_heard_, waiting_since) + patience;
-    if (now >= give_up) {
-      Down(now, DeadlineExceeded("nothing was heard for {:.1f} s", Seconds(now - last_heard_)));
+  for (const int lane : {0, 1}) {
+    if (waiting_since[lane] == kNoDeadline) continue;
+    const TimePoint silent_since = std::max(heard_[lane], waiting_since[lane]);
+    if (now - silent_since >= patience) {
+      Down(now, DeadlineExceeded("nothing was heard for {:.1f} s", Seconds(now - silent_since)));
       return retry_at_;
     }
-    next = give_up;
+    next = std::min(next, silent_since + patience);
   }
   if (state_ == PathState::kSuspect) {
     const bool answered = last_heard_ > state_since_;
@@ -273,12 +283,13 @@ TimePoint PathControl::TickConnected(TimePoint now, TimePoint peer_heard) {
       tripped_ ? MoveTo(PathState::kProbation, now) : Trusted(now);
     } else {
       const TimePoint silent_since = std::max(last_heard_, state_since_);
-      if (now - silent_since >= kSilence && peer_heard > silent_since) {
+      const Duration silence = kSilence * options_->late_min;
+      if (now - silent_since >= silence && peer_heard > silent_since) {
         Down(now, DeadlineExceeded("silent for {:.0f} ms while the peer is heard on another path",
                                    Seconds(now - last_heard_) * 1e3));
         return retry_at_;
       }
-      next = std::min(next, std::max(silent_since + kSilence, now + kSilence / 4));
+      next = std::min(next, std::max(silent_since + silence, now + silence / 4));
     }
   }
   if (probe_ == 0 && state_ != PathState::kSuspect) {

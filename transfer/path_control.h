@@ -36,6 +36,8 @@ class PathControl {
     uint64_t bytes = 0;
     uint32_t attempt = 0;
     bool late = false;
+    bool express = false;
+    bool passes = false;  // bulk that was sent before: what it took says nothing of the rate
   };
 
   // `options` and `clock` outlive it.
@@ -52,8 +54,9 @@ class PathControl {
   double bytes_per_second() const { return meter_.bytes_per_second(); }
 
   // Scheduling.
-  // `desperate`: nothing better is there, and a suspect path will do.
-  bool HasRoom(bool desperate = false) const;
+  // `express`: for such a slice; a few pass bulk that fills the window. `desperate`: nothing better is there,
+  // and a suspect path will do.
+  bool HasRoom(bool express, bool desperate = false) const;
   uint64_t SliceBytes() const;                  // what it carries in about slice_time
   Duration Predict(uint64_t more_bytes) const;  // until an answer to that many bytes, sent now; with cost
   void Send(TimePoint now, const Slice& slice);
@@ -101,9 +104,11 @@ class PathControl {
   int32_t bad_checksums_ = 0;
   std::string reason_;
   TimePoint last_heard_{};
+  TimePoint heard_[2]{};  // by bulk and probes, by express
 
   absl::flat_hash_map<uint64_t, Sent> in_flight_;
   uint64_t bytes_in_flight_ = 0;
+  uint64_t express_in_flight_ = 0;     // of these
   TimePoint next_late_ = kNoDeadline;  // no later than the first slice's late_at
   uint64_t probe_ = 0;                 // outstanding; 0 = none
   uint64_t next_probe_ = 1;

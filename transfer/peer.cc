@@ -76,7 +76,7 @@ void Peer::OnProbeDone(Path* path, uint64_t probe) {
 }
 
 // Of the paths that have room, the one that would answer a small slice first.
-PathControl* Peer::BestPath(const PathControl* except) {
+PathControl* Peer::BestPath(bool express, const PathControl* except) {
   const bool desperate = std::none_of(paths_.begin(), paths_.end(), [](const auto& path) {
     return path->traits().carries_slices &&
            (path->state() == PathState::kUp || path->state() == PathState::kProbation);
@@ -84,7 +84,7 @@ PathControl* Peer::BestPath(const PathControl* except) {
   PathControl* best = nullptr;
   Duration best_time{};
   for (const auto& path : paths_) {
-    if (path.get() == except || !path->HasRoom(desperate)) continue;
+    if (path.get() == except || !path->HasRoom(express, desperate)) continue;
     const Duration time = path->Predict(options_->slice_bytes_min);
     if (best == nullptr || time < best_time) {
       best = path.get();
@@ -102,7 +102,7 @@ bool Peer::WorthTaking(const PathControl& path) const {
   Duration delay = Duration::max();
   for (const auto& other : paths_) {
     if (other.get() == &path || other->state() != PathState::kUp || other->bytes_in_flight() == 0 ||
-        other->HasRoom())
+        other->HasRoom(queue_.NextIsExpress()))
       continue;
     if (other->bytes_per_second() == 0) return true;  // nothing is known to be better
     rate += other->bytes_per_second() / other->traits().cost;
@@ -125,7 +125,7 @@ void Peer::Pump() {
   const TimePoint now = clock_->Now();
   if (!to_hedge_.empty()) Hedge(now);
   while (queue_.HasWork()) {
-    PathControl* const path = BestPath(nullptr);
+    PathControl* const path = BestPath(queue_.NextIsExpress(), nullptr);
     // The best of those that have room; if even that is not worth it, faster ones will have room in time.
     if (path == nullptr || !WorthTaking(*path)) break;
     const Slice slice = queue_.Take(path->SliceBytes());
@@ -141,10 +141,10 @@ void Peer::Hedge(TimePoint now) {
 
 // True when there is nothing left to do for it.
 bool Peer::HedgeOne(TimePoint now, PathControl& late, uint64_t id) {
-  if (!late.Carries(id) || !queue_.Wanted(id)) return true;
+  if (!late.traits().overtakes || !late.Carries(id) || !queue_.Wanted(id)) return true;
   const auto allowed = kHedgeBytesFree + static_cast<uint64_t>(kHedgePart * static_cast<double>(bytes_sent_));
   if (bytes_hedged_ >= allowed) return true;
-  PathControl* const path = BestPath(&late);
+  PathControl* const path = BestPath(false, &late);
   if (path == nullptr) return false;
   if (path->Carries(id)) return true;
   const Slice slice = queue_.Copy(id);

@@ -54,7 +54,7 @@ class Peer : public PathOwner {
   TimePoint TickPaths(TimePoint now);
   void Touch();  // something happened: sends what can be sent, and the next tick is not skipped
   void Pump();
-  PathControl* BestPath(const PathControl* except);
+  PathControl* BestPath(bool express, const PathControl* except);
   bool WorthTaking(const PathControl& path) const;
   void Hedge(TimePoint now);
   bool HedgeOne(TimePoint now, PathControl& late, uint64_t slice);

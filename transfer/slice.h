@@ -7,6 +7,9 @@
 
 namespace millrace::transfer {
 
+// A request of at most so many bytes is express.
+inline constexpr uint64_t kExpressBytesMax = 64 << 10;
+
 struct Slice {
   uint64_t id = 0;       // unique for this process's peer; copies of the same slice share it
   uint32_t attempt = 1;  // counts copies: the receiver lets nothing of an earlier one land after a later one
@@ -18,6 +21,7 @@ struct Slice {
   TicketId ticket = 0;
   RegionId remote_region = 0;
   uint64_t remote_offset = 0;
+  bool express = false;        // all of a small request, or part of it: may pass bulk
   uint64_t retired_below = 0;  // every slice with a smaller id is terminal in every copy
 };
 

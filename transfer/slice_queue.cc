@@ -41,6 +41,11 @@ void SliceQueue::Add(Operation operation, TicketId ticket, int32_t priority, Tim
   requests_.emplace(id, std::move(request));
 }
 
+bool SliceQueue::NextIsExpress() const {
+  if (!again_.empty()) return slices_.at(again_.front()).slice.express;
+  return requests_.at(ready_.begin()->second)->intents->bytes() <= kExpressBytesMax;
+}
+
 Slice SliceQueue::Take(uint64_t bytes_max) {
   if (!again_.empty()) {
     Live& live = slices_.at(again_.front());
@@ -54,6 +59,7 @@ Slice SliceQueue::Take(uint64_t bytes_max) {
   }
   Pending& request = *requests_.at(ready_.begin()->second);
   Slice slice;
+  slice.express = NextIsExpress();
   slice.id = next_slice_++;
   slice.request = request.key.second;
   slice.operation = request.operation;

@@ -30,6 +30,8 @@ class SliceQueue {
   // The next slice for a path that has room, of at most bytes_max (one that came back keeps its size).
   // HasWork() must be true.
   Slice Take(uint64_t bytes_max);
+  // Whether that slice is express. HasWork() must be true.
+  bool NextIsExpress() const;
   // Another copy of a slice that is under way; the caller sees to it that a path takes it.
   Slice Copy(uint64_t slice);
   // One copy is terminal. The slice is over when all are and its bytes are known to be right. For a write

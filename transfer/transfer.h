@@ -96,7 +96,10 @@ struct Options {
   Duration slice_timeout =
       std::chrono::seconds(2);  // a path that is silent for so long with slices in flight
                                 // is given up even if no other path speaks for the peer
-  Metrics* metrics = nullptr;   // may be null; outlives the engine
+  // No slice counts as late before, however fast its path; patience with silence and probes are multiples of
+  // it. Less finds outages sooner; more is calmer where a process may have to wait for a processor.
+  Duration late_min = std::chrono::milliseconds(8);
+  Metrics* metrics = nullptr;  // may be null; outlives the engine
 };
 
 struct PathSnapshot {

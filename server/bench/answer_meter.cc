@@ -135,6 +135,17 @@ void AnswerMeter::Tokens(int32_t count, TimePoint now) {
   last_ = now;
 }
 
+void AnswerMeter::TokensSoFar(int32_t count, TimePoint now) {
+  result_->output_tokens = count;
+  result_->tokens_from_usage = true;
+  if (!is_stream_) {
+    result_->first = now;  // nothing was to be seen before
+    return;
+  }
+  result_->tokens_per_chunk = true;
+  Tokens(count - counted_, now);
+}
+
 void AnswerMeter::ReadUsage(const Json& usage) {
   if (const auto tokens = Count(usage, "completion_tokens"); tokens.has_value()) {
     result_->output_tokens = *tokens;

@@ -51,6 +51,8 @@ class AnswerMeter {
 
   // Bytes of a 200's body that arrived at `now`.
   void Add(std::string_view bytes, TimePoint now);
+  // Another way in, for answers that say with every piece how many tokens there are by now.
+  void TokensSoFar(int32_t count, TimePoint now);
   // The body is complete (`whole`) or the connection broke before.
   void End(bool whole, TimePoint now);
   bool failed() const { return result_->error != RequestError::kNone; }

@@ -239,7 +239,8 @@ CLI::App* AddBench(CLI::App& app, BenchCommandOptions& o) {
       "Time runs from when a request was due, not from when it could be sent. Failed requests enter no "
       "latency.\n"
       "Exit status: 0 all served, 1 some failed (the results so far are printed), 2 no results.");
-  c->add_option("--url", o.url, "Server, http:// or https://")->capture_default_str();
+  c->add_option("--url", o.url, "Server: http://, https://, or a Millrace gateway's grpc:// or grpcs://")
+      ->capture_default_str();
   c->add_option("--model", o.model, "Model name (default: the first that the server lists)");
   c->add_option("--api-key", o.api_key, "Sent as bearer token")->envname("MILLRACE_BENCH_API_KEY");
   c->add_option("--metrics-url", o.metrics_url,

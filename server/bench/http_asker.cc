@@ -39,7 +39,7 @@ void Fail(RequestResult* result, RequestError error, std::string message) {
 
 }  // namespace
 
-StatusOr<std::unique_ptr<HttpAsker>> HttpAsker::Create(net::io_context& io, const LoadTarget& target) {
+StatusOr<std::unique_ptr<Asker>> HttpAsker::Create(net::io_context& io, const LoadTarget& target) {
   std::unique_ptr<HttpAsker> asker(new HttpAsker(io, target));
   MR_ASSIGN_OR_RETURN(const std::vector<HostPort> addresses, Resolve(target.address));
   for (const HostPort& address : addresses) {

@@ -1,6 +1,5 @@
 #pragma once
-// The wire: connections to one server, kept alive and used again, and one request on each at a time.
-// io_context's thread.
+// HTTP/1.1: connections to one server, kept alive and used again, and one request on each at a time.
 
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/io_context.hpp>
@@ -15,30 +14,18 @@
 #include <string>
 #include <vector>
 
-#include "server/bench/answer_meter.h"
+#include "server/bench/asker.h"
 #include "server/bench/load.h"
 
 namespace millrace::server {
 
-class HttpAsker {
+class HttpAsker : public Asker {
  public:
-  // `target` is borrowed for the asker's life. Resolution happens here, once; NotFound when the name has no
-  // address, InvalidArgument when --cacert is no file of certificates.
-  static StatusOr<std::unique_ptr<HttpAsker>> Create(boost::asio::io_context& io, const LoadTarget& target);
-
-  struct Answer {
-    int status = 0;
-    std::string body;  // when not a 200 of a POST
-    std::string text;  // the answer's content
-  };
-  // GET, or POST when `body` is not empty. Fills `result` (sent .. message); the answer of a POST that began
-  // well goes through an AnswerMeter.
+  static StatusOr<std::unique_ptr<Asker>> Create(boost::asio::io_context& io, const LoadTarget& target);
   boost::asio::awaitable<Answer> Ask(std::string path, std::string body, Duration timeout,
-                                     RequestResult* result);
-
-  // Ends what is running: it fails with kUnfinished. Nothing new may be asked.
-  void Stop();
-  int64_t connections() const { return connections_; }
+                                     RequestResult* result) override;
+  void Stop() override;
+  int64_t connections() const override { return connections_; }
 
  private:
   struct Connection {

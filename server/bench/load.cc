@@ -12,6 +12,8 @@
 #include <deque>
 #include <optional>
 
+#include "server/bench/asker.h"
+#include "server/bench/grpc_asker.h"
 #include "server/bench/http_asker.h"
 
 namespace millrace::server {
@@ -115,7 +117,7 @@ class Load {
         interrupted_(interrupted),
         gate_(io_, options.connections_max) {}
 
-  LoadResult Run(Workload workload, std::unique_ptr<HttpAsker> asker);
+  LoadResult Run(Workload workload, std::unique_ptr<Asker> asker);
   net::io_context& io() { return io_; }
 
  private:
@@ -136,7 +138,7 @@ class Load {
   net::io_context io_{1};
   Gate gate_;
   std::optional<Workload> workload_;
-  std::unique_ptr<HttpAsker> asker_;
+  std::unique_ptr<Asker> asker_;
 
   LoadResult result_;
   LatencyHistogram ttft_, itl_;
@@ -224,8 +226,8 @@ net::awaitable<void> Load::AskTurn(const PlannedTurn& turn, std::vector<Exchange
     result->message = "still waiting for a connection at the end";
     co_return;
   }
-  const HttpAsker::Answer answer = co_await asker_->Ask(
-      PathOf(options_.target), std::move(body), FromSeconds(options_.request_timeout_seconds), result);
+  const Asker::Answer answer = co_await asker_->Ask(PathOf(options_.target), std::move(body),
+                                                    FromSeconds(options_.request_timeout_seconds), result);
   gate_.Leave();
   if (result->served() && answer.status != 200) {
     result->error = RequestError::kHttp;
@@ -288,7 +290,7 @@ net::awaitable<void> Load::Watch() {
   progress_(Progress());
 }
 
-LoadResult Load::Run(Workload workload, std::unique_ptr<HttpAsker> asker) {
+LoadResult Load::Run(Workload workload, std::unique_ptr<Asker> asker) {
   workload_ = std::move(workload);
   asker_ = std::move(asker);
   const double cpu = ThreadCpuSeconds();
@@ -309,11 +311,11 @@ LoadResult Load::Run(Workload workload, std::unique_ptr<HttpAsker> asker) {
 }
 
 // One request outside of any load; the io_context is run until it is over.
-StatusOr<HttpAsker::Answer> AskOnce(const LoadTarget& target, std::string path, std::string body,
-                                    RequestResult* result) {
+StatusOr<Asker::Answer> AskOnce(const LoadTarget& target, std::string path, std::string body,
+                                RequestResult* result) {
   net::io_context io(1);
-  MR_ASSIGN_OR_RETURN(const std::unique_ptr<HttpAsker> asker, HttpAsker::Create(io, target));
-  HttpAsker::Answer answer;
+  MR_ASSIGN_OR_RETURN(const std::unique_ptr<Asker> asker, Asker::Create(io, target));
+  Asker::Answer answer;
   net::co_spawn(
       io,
       [&]() -> net::awaitable<void> {
@@ -331,7 +333,7 @@ StatusOr<HttpAsker::Answer> AskOnce(const LoadTarget& target, std::string path, 
 
 StatusOr<std::string> FirstModel(const LoadTarget& target) {
   RequestResult result;
-  MR_ASSIGN_OR_RETURN(const HttpAsker::Answer answer, AskOnce(target, "/v1/models", "", &result));
+  MR_ASSIGN_OR_RETURN(const Asker::Answer answer, AskOnce(target, "/v1/models", "", &result));
   const auto body = ParseJson(answer.body);
   if (body.ok() && body->is_object() && body->contains("data") && (*body)["data"].is_array() &&
       !(*body)["data"].empty()) {
@@ -343,23 +345,33 @@ StatusOr<std::string> FirstModel(const LoadTarget& target) {
 
 }  // namespace
 
+StatusOr<std::unique_ptr<Asker>> Asker::Create(net::io_context& io, const LoadTarget& target) {
+  return target.grpc ? GrpcAsker::Create(io, target) : HttpAsker::Create(io, target);
+}
+
 StatusOr<LoadTarget> ParseTarget(const std::string& url) {
+  const size_t separator = url.find("://");
+  const std::string scheme = url.substr(0, std::min(separator, url.size()));
   LoadTarget target;
-  target.tls = url.starts_with("https://");
-  if (!target.tls && !url.starts_with("http://")) {
-    return InvalidArgument("--url '{}': must begin with http:// or https://", url);
+  target.tls = scheme == "https" || scheme == "grpcs";
+  target.grpc = scheme == "grpc" || scheme == "grpcs";
+  if (!target.tls && !target.grpc && scheme != "http") {
+    return InvalidArgument("--url '{}': must begin with http://, https://, grpc:// or grpcs://", url);
   }
-  const std::string rest = url.substr(url.find("//") + 2);
+  const std::string rest = separator == std::string::npos ? "" : url.substr(separator + 3);
   const size_t slash = rest.find('/');
   MR_ASSIGN_OR_RETURN(target.address,
                       ParseHostPort(rest.substr(0, slash), "127.0.0.1", target.tls ? 443 : 80));
   if (slash != std::string::npos) target.path_prefix = rest.substr(slash);
   while (target.path_prefix.ends_with('/')) target.path_prefix.pop_back();
+  if (target.grpc && !target.path_prefix.empty()) {
+    return InvalidArgument("--url '{}': gRPC has no path", url);
+  }
   return target;
 }
 
 StatusOr<Calibration> Calibrate(LoadTarget* target) {
-  if (target->model.empty()) {
+  if (target->model.empty() && !target->grpc) {
     MR_ASSIGN_OR_RETURN(target->model, FirstModel(*target));
   }
   LoadOptions options;
@@ -370,7 +382,8 @@ StatusOr<Calibration> Calibrate(LoadTarget* target) {
   for (const int32_t words : {kShort, kLong}) {
     RequestResult result;
     const std::string body = RequestBody(options, {}, PromptText(7, words), 1);
-    MR_RETURN_IF_ERROR(AskOnce(options.target, PathOf(*target), body, &result).status());
+    MR_ASSIGN_OR_RETURN(const Asker::Answer answer, AskOnce(options.target, PathOf(*target), body, &result));
+    if (target->model.empty()) target->model = answer.model;
     tokens[words == kLong] = result.prompt_tokens;
   }
   Calibration calibration;
@@ -384,6 +397,7 @@ StatusOr<Calibration> Calibrate(LoadTarget* target) {
 PhaseTotals ReadPhases(const LoadTarget& target, const std::string& metrics_url) {
   LoadTarget from = target;
   std::string path = "/metrics";
+  if (metrics_url.empty() && target.grpc) return {};
   if (!metrics_url.empty()) {
     const auto parsed = ParseTarget(metrics_url);
     if (!parsed.ok()) return {};
@@ -400,7 +414,7 @@ StatusOr<LoadResult> RunLoad(const LoadOptions& options,
                              const std::function<bool()>& interrupted) {
   MR_ASSIGN_OR_RETURN(Workload workload, Workload::Create(options.workload));
   Load load(options, progress, interrupted);
-  MR_ASSIGN_OR_RETURN(std::unique_ptr<HttpAsker> asker, HttpAsker::Create(load.io(), options.target));
+  MR_ASSIGN_OR_RETURN(std::unique_ptr<Asker> asker, Asker::Create(load.io(), options.target));
   return load.Run(std::move(workload), std::move(asker));
 }
 

@@ -18,7 +18,8 @@ namespace millrace::server {
 struct LoadTarget {
   HostPort address;
   std::string path_prefix;  // before /v1, without a final '/'
-  bool tls = false;         // https: its certificate must be valid for the address's host, unless `insecure`
+  bool grpc = false;        // millrace.v1.Chat instead of HTTP
+  bool tls = false;  // https, grpcs: its certificate must be valid for the address's host, unless `insecure`
   bool insecure = false;
   std::string ca_file;  // certificates to trust instead of the system's; empty: the system's
   std::string api_key;  // empty: none is sent
@@ -26,7 +27,7 @@ struct LoadTarget {
   bool chat = true;     // /v1/chat/completions, else /v1/completions
   bool stream = true;
 };
-// http[s]://host[:port][/prefix]
+// http[s]://host[:port][/prefix] or grpc[s]://host:port
 StatusOr<LoadTarget> ParseTarget(const std::string& url);
 
 // How this server's tokenizer counts our words, from two short requests.
@@ -80,7 +81,8 @@ struct LoadResult {
   bool interrupted = false;
 };
 
-// Asks for the model if need be, and twice for one token. Errors say what to mend: address, key, model.
+// Sets the target's model if it has none, and twice for one token. Errors say what to mend: address, key,
+// model.
 StatusOr<Calibration> Calibrate(LoadTarget* target);
 
 // The totals of the server's phases at this moment, from `metrics_url` or, when that is empty, the target's

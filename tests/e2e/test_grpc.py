@@ -216,6 +216,31 @@ def test_health_and_reflection(served):
         assert "millrace.v1.Chat" in [s.name for s in answer.list_services_response.service]
 
 
+def load(url, *args):
+    return subprocess.run([harness.binary(), "bench", "--url", url, "--users", "3", "--requests", "12", "--input-tokens", "20:60",
+                           "--output-tokens", "9", *map(str, args)], capture_output=True, text=True, timeout=60)
+
+
+def test_the_load_tester_speaks_it(served, tmp_path):
+    out = tmp_path / "report.json"
+    for endpoint in ("chat", "completions"):
+        for flags, streams in (((), True), (("--no-stream",), False)):
+            done = load(f"grpc://{served.grpc_address}", "--endpoint", endpoint, "--json", out, *flags)
+            assert done.returncode == 0, done.stdout + done.stderr
+            report = json.loads(out.read_text())
+            run = report["levels"][0]["runs"][0]
+            assert run["requests"]["served"] == 12 and run["tokens"]["output_mean"] == 9 and report["model"]
+            assert 20 <= run["tokens"]["prompt_mean"] <= 90
+            if streams:
+                assert run["latency"]["itl"]["count"] == 12 * 8 and run["latency"]["ttft"]["mean"] < run["latency"]["e2e"]["mean"]
+    for url, flags, expected in ((f"grpc://{served.grpc_address}/v1", (), "no path"), (f"grpc://127.0.0.1:{harness.free_port()}", (), "refused"),
+                                 (f"grpc://{served.grpc_address}", ("--model", "absent"), "absent")):
+        done = load(url, *flags)
+        assert done.returncode == 2 and expected in done.stderr, done.stderr
+    done = load(f"grpc://{served.grpc_address}", "--body", '{"nonsense": 1}')
+    assert done.returncode == 1 and "nonsense" in done.stdout
+
+
 def make_certificate(directory, name):
     key, certificate = directory / "key.pem", directory / "cert.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "1", "-subj",
@@ -241,6 +266,10 @@ def test_keys_and_tls(api, logs, model, tmp_path):
                                health_pb2.HealthCheckResponse.SERVING, 30, "ready")
             for metadata in ((("authorization", f"Bearer {KEY}"),), (("x-api-key", KEY),)):
                 assert stub.Complete(request, metadata=metadata).usage.completion_tokens >= 1
+        done = load(f"grpcs://{served.grpc_address}", "--cacert", certificate, "--api-key", KEY)
+        assert done.returncode == 0, done.stderr
+        done = load(f"grpcs://{served.grpc_address}", "--api-key", KEY)  # not a certificate of the system's
+        assert done.returncode == 2, done.stdout
         with grpc.insecure_channel(served.grpc_address) as channel:
             error, _ = refused(lambda: stubs.ChatStub(channel).Complete(request, timeout=5))
             assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -1,4 +1,5 @@
-// What a peer that was connected to may answer: to a path with a write, a read and a probe under way.
+// What a peer that was connected to may answer: to a path with a write, a read and a probe under way, on
+// either of its connections.
 #include <arpa/inet.h>
 #include <sys/socket.h>
 
@@ -16,6 +17,7 @@ constexpr uint64_t kOwnEpoch = 5, kPeerEpoch = 6;
 
 struct Owner : PathOwner {
   void OnConnected(Path* path) override {
+    connected = true;
     Slice write;
     write.id = 1;
     write.local = memory;
@@ -23,6 +25,7 @@ struct Owner : PathOwner {
     Slice read = write;
     read.id = 2;
     read.operation = Operation::kRead;
+    read.express = true;
     read.local = std::span(memory).first(100);
     path->Send(read);
     path->Probe(3);
@@ -39,6 +42,7 @@ struct Owner : PathOwner {
 
   std::vector<std::byte> memory = std::vector<std::byte>(300);
   int ended[3] = {};
+  bool connected = false;
   bool broken = false;
 };
 
@@ -69,23 +73,33 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   TcpPath path(&environment, target);
   path.Attach(&owner);
   path.Connect();
-  auto server = AcceptTcp(listener.get());
-  if (!server.ok()) return 0;  // not there yet: try another input
-  std::string text = data.ConsumeIntegralInRange(0, 9) == 0
-                         ? data.ConsumeRemainingBytesAsString()
-                         : HelloOf(kPeerEpoch, kOwnEpoch, v1::Hello::DATA) + FramesOf(data);
-  (void)!send(server->get(), text.data(), text.size(), MSG_NOSIGNAL);
-  shutdown(server->get(), SHUT_WR);
+  auto one = AcceptTcp(listener.get()), other = AcceptTcp(listener.get());
+  if (!one.ok() || !other.ok()) return 0;  // not there yet: try another input
+  const int speaker = data.ConsumeBool() ? one->get() : other->get();
+  const auto say = [](int fd, const std::string& text) {
+    (void)!send(fd, text.data(), text.size(), MSG_NOSIGNAL);
+  };
+  const bool polite = data.ConsumeIntegralInRange(0, 9) != 0;
+  for (const int fd : {one->get(), other->get()}) {
+    if (polite || fd != speaker) say(fd, HelloOf(kPeerEpoch, kOwnEpoch, v1::Hello::DATA));
+  }
+  bool spoken = false;
   const TimePoint until = Clock::System().Now() + std::chrono::seconds(2);
-  bool had_hello = false;
   loop->Run([&] {
     char buffer[65536];
-    while (recv(server->get(), buffer, sizeof(buffer), MSG_DONTWAIT) > 0) had_hello = true;
+    for (const int fd : {one->get(), other->get()}) {
+      while (recv(fd, buffer, sizeof(buffer), MSG_DONTWAIT) > 0) {
+      }
+    }
+    if (!spoken && (owner.connected || !polite)) {
+      spoken = true;
+      say(speaker, polite ? FramesOf(data) : data.ConsumeRemainingBytesAsString());
+      shutdown(speaker, SHUT_WR);
+    }
     if (owner.broken) loop->Stop();
     const TimePoint now = Clock::System().Now();
     if (now > until) abort();  // a path that does not notice that its peer has gone
     return now + std::chrono::milliseconds(1);
   });
-  (void)had_hello;
   return 0;
 }

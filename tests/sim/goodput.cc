@@ -253,12 +253,14 @@ std::string GoodputSvg(const OutagePlan& plan) {
         kLeft, kWidth - 20, at, at, kLeft - 6, at + 4, plan.bytes_per_second * rail / 1e9);
   }
   for (int tenth = 0; tenth <= 10; tenth += 2)
-    svg += fmt::format("<text x='{:.1f}' y='{}' text-anchor='middle'>{:.0f} ms</text>\n",
-                       x(total * tenth / 10), kHeight - kBottom + 18, total * tenth * 100);
+    svg += fmt::format("<text x='{:.1f}' y='{}' text-anchor='{}'>{:.0f} ms</text>\n", x(total * tenth / 10),
+                       kHeight - kBottom + 18, tenth == 10 ? "end" : "middle", total * tenth * 100);
   for (const Policy policy : {Policy::kStaticSplit, Policy::kRoundRobin, Policy::kLateBinding}) {
     const auto i = static_cast<int>(policy);
     const auto goodput = GoodputThroughOutage(policy, plan);
-    svg += fmt::format("<polyline fill='none' stroke='{}' stroke-width='2' points='", kColours[i]);
+    // The two that bind early may well coincide: the wide one lies below.
+    svg += fmt::format("<polyline fill='none' stroke='{}' stroke-width='{}' points='", kColours[i],
+                       policy == Policy::kStaticSplit ? 6 : 2);
     for (size_t bin = 0; bin < goodput.size(); ++bin)
       svg += fmt::format("{:.1f},{:.1f} ", x(Seconds(plan.bin) * (static_cast<double>(bin) + 0.5)),
                          y(goodput[bin]));

@@ -12,9 +12,9 @@ using transfer::Slice;
 using transfer::SliceOutcome;
 
 const char* Name(Bug bug) {
-  static constexpr const char* kNames[] = {"None",          "FlushIsSuccess",  "SkipDrain",
-                                           "LeftoversLand", "ReusedEpoch",     "ForgottenSlice",
-                                           "ReadAfterDone", "ChecksumIgnored", "TimerDrains"};
+  static constexpr const char* kNames[] = {
+      "None",           "FlushIsSuccess", "SkipDrain",       "LeftoversLand", "ReusedEpoch",
+      "ForgottenSlice", "ReadAfterDone",  "ChecksumIgnored", "TimerDrains",   "ReadUnpinned"};
   return kNames[static_cast<int>(bug)];
 }
 
@@ -134,12 +134,55 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
     const uint64_t id = slice_.id;
     if (outcome == SliceOutcome::kLanded) receiver_->bytes_landed += slice_.local.size();
     LandingOver();
-    Answer([id, outcome](SimPath* path) {
-      const auto found = path->in_flight_.find(id);
-      if (found == path->in_flight_.end()) return;
-      path->in_flight_.erase(found);
-      path->owner_->OnSliceDone(path, id, outcome);
+    Answer([id, outcome](SimPath* path) { Report(path, id, outcome); });
+  }
+
+  // The owner's side of a read: checked, sent from memory while the ticket is pinned, landed by the
+  // initiator.
+  void Read(const Slice& slice) {
+    const uint64_t id = slice.id;
+    const auto admitted =
+        receiver_->memory.Admit(sender_epoch_, slice.ticket, slice.operation, slice.remote_region,
+                                slice.remote_offset, static_cast<uint32_t>(slice.local.size()));
+    if (!admitted.ok()) return Answer([id](SimPath* path) { Report(path, id, SliceOutcome::kRefused); });
+    reads_.emplace(id, slice.ticket);
+    if (receiver_->bug == Bug::kReadUnpinned) EndRead(id);
+    const TimePoint start = std::max(world_->Now(), rail_->back_busy_until);
+    const double rate = rail_->bytes_per_second * rail_->factor;
+    const Duration wire(static_cast<int64_t>(static_cast<double>(slice.local.size() + 64) / rate * 1e9));
+    rail_->back_busy_until = start + wire;
+    const bool damaged = random_->Uniform() < rail_->damage;
+    world_->At(start + wire, [self = shared_from_this(), slice, from = *admitted, damaged] {
+      if (!self->closed_) self->SendData(slice, from, damaged);
     });
+  }
+
+  // The last byte leaves the owner's memory.
+  void SendData(const Slice& slice, const std::byte* from, bool damaged) {
+    std::vector<uint64_t> stamps;
+    for (uint64_t at = 0; at * kBlock < slice.local.size(); ++at) {
+      const size_t block = receiver_->BlockOf(from) + at;
+      if (receiver_->guarded[block])
+        receiver_->checks->Fail(*world_, fmt::format("read {} takes block {} after its ticket {} had drained",
+                                                     slice.id, block, slice.ticket));
+      stamps.push_back(damaged ? ~uint64_t{0} : receiver_->stamps[block]);
+    }
+    EndRead(slice.id);
+    Answer([slice, stamps, damaged](SimPath* path) {
+      if (!path->in_flight_.contains(slice.id)) return;
+      const uint64_t first = static_cast<uint64_t>(slice.local.data() - path->sources_->base) / kBlock;
+      for (size_t i = 0; i < stamps.size(); ++i) {
+        if (!path->sources_->busy.contains(first + i))
+          path->receiver_->checks->Fail(
+              *path->world_, fmt::format("read {} lands in memory whose request has ended", slice.id));
+        path->sources_->stamp_of_block[first + i] = stamps[i];
+      }
+      Report(path, slice.id, damaged ? SliceOutcome::kBadChecksum : SliceOutcome::kLanded);
+    });
+  }
+
+  static void Report(SimPath* path, uint64_t id, SliceOutcome outcome) {
+    if (path->in_flight_.erase(id) > 0) path->owner_->OnSliceDone(path, id, outcome);
   }
 
   void SetStamp(uint64_t stamp) { stamp_ = stamp; }
@@ -155,6 +198,7 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
     if (closed_) return;
     closed_ = true;
     LandingOver();
+    while (!reads_.empty()) EndRead(reads_.begin()->first);
     std::erase(receiver_->open, this);
     receiver_->landing.Leave(sender_epoch_);
     queue_.clear();  // its frames hold this connection
@@ -177,6 +221,14 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
     landing_ = false;
     if (tabled_) receiver_->landing.End(sender_epoch_, slice_.id);
     ForgetPin();
+  }
+
+  void EndRead(uint64_t slice) {
+    const auto found = reads_.find(slice);
+    if (found == reads_.end()) return;
+    const transfer::TicketId ticket = found->second;
+    reads_.erase(found);
+    receiver_->memory.Unpin(ticket);
   }
 
   void Land(uint64_t from, uint64_t to, uint64_t stamp) {
@@ -207,6 +259,7 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
   std::byte* target_ = nullptr;
   bool landing_ = false, pinned_ = false, refused_ = false, superseded_ = false, tabled_ = false;
   TimePoint progress_{};
+  std::map<uint64_t, transfer::TicketId> reads_;  // being sent; their tickets are pinned
 };
 
 Receiver::Receiver(World* w, Checks* c, Bug b, uint64_t e, uint64_t blocks)
@@ -302,6 +355,7 @@ void SimPath::Cut() {
 void SimPath::Send(const Slice& slice) {
   MR_CHECK(connected_);
   in_flight_.emplace(slice.id, slice);
+  if (slice.operation == transfer::Operation::kRead) return SendRead(slice);
   const uint64_t block = static_cast<uint64_t>(slice.local.data() - sources_->base) / kBlock;
   const auto stamp = std::make_shared<uint64_t>(0);
   const bool damaged = random_->Uniform() < rail_->damage;
@@ -330,6 +384,12 @@ void SimPath::Send(const Slice& slice) {
       [=] {
         if (*stamp != 0) connection->End(damaged);
       });
+}
+
+void SimPath::SendRead(const Slice& slice) {
+  const TimePoint start = std::max(world_->Now(), rail_->busy_until);
+  rail_->bytes_carried += slice.local.size();
+  connection_->Arrive(start + rail_->delay, [connection = connection_, slice] { connection->Read(slice); });
 }
 
 void SimPath::Probe(uint64_t probe) {

@@ -36,11 +36,12 @@ enum class Bug {
   kReadAfterDone,    // the sender's buffers are read after the request has ended
   kChecksumIgnored,  // damaged bytes are answered as landed
   kTimerDrains,      // a closing ticket is given up by the clock, not by proof
+  kReadUnpinned,     // a read's pin is given back when it is answered, not when its bytes have left memory
 };
 const char* Name(Bug bug);
 inline constexpr Bug kBugs[] = {Bug::kFlushIsSuccess,  Bug::kSkipDrain,      Bug::kLeftoversLand,
                                 Bug::kReusedEpoch,     Bug::kForgottenSlice, Bug::kReadAfterDone,
-                                Bug::kChecksumIgnored, Bug::kTimerDrains};
+                                Bug::kChecksumIgnored, Bug::kTimerDrains,    Bug::kReadUnpinned};
 
 // What the checkers know. The first violation is kept.
 struct Checks {
@@ -59,6 +60,7 @@ struct Rail {
   double factor = 1;        // of the rate
   double damage = 0;        // probability that a slice's bytes are wrong
   TimePoint busy_until{};
+  TimePoint back_busy_until{};        // the other direction: what is read
   std::vector<class SimPath*> paths;  // oldest first: a set of pointers has another order in each run
   uint64_t bytes_carried = 0;
 };
@@ -89,9 +91,9 @@ class Receiver {
   std::byte* memory_base = nullptr;
 };
 
-// What the sending side knows of its sources: which request's bytes, and whether it has ended.
+// What the initiating side knows of its memory: which request's bytes, and whether it has ended.
 struct Sources {
-  std::map<uint64_t, uint64_t> stamp_of_block;  // of the sender's memory
+  std::map<uint64_t, uint64_t> stamp_of_block;  // what writes send, and reads bring
   std::set<uint64_t> busy;                      // blocks of requests that have not ended
   std::byte* base = nullptr;
 };
@@ -110,6 +112,7 @@ class SimPath : public transfer::Path {
 
  private:
   friend class SimConnection;
+  void SendRead(const transfer::Slice& slice);
   World* const world_;
   Rail* const rail_;
   Receiver* receiver_;

@@ -22,6 +22,7 @@ constexpr Duration kHealed = std::chrono::seconds(2);
 // midway.
 struct Job {
   TicketId ticket = 0;
+  transfer::Operation operation = transfer::Operation::kWrite;
   uint64_t first = 0, count = 0;  // blocks
   int requests_left = 0;
   int pending = 0;
@@ -71,6 +72,7 @@ class Schedule {
     outcome.violation = checks_.violation;
     outcome.steps = world_.steps();
     outcome.requests_ok = ok_;
+    outcome.reads_ok = reads_ok_;
     outcome.requests_failed = failed_;
     std::vector<transfer::PathSnapshot> paths;
     for (const auto& peer : peers_) peer->Describe(&paths);
@@ -117,8 +119,9 @@ class Schedule {
       taken_[b] = true;
       receiver().guarded[b] = false;
     }
-    auto ticket =
-        receiver().memory.Open(kSenderEpoch, {{receiver().region, job->first * kBlock, job->count * kBlock}});
+    if (random_.Below(3) == 0) job->operation = transfer::Operation::kRead;
+    auto ticket = receiver().memory.Open(
+        kSenderEpoch, {{receiver().region, job->first * kBlock, job->count * kBlock}}, job->operation);
     job->ticket = *ticket;
     job->receiver_epoch = receiver().epoch;
     job->requests_left = static_cast<int>(1 + random_.Below(6));
@@ -146,8 +149,11 @@ class Schedule {
     --job->requests_left;
     const uint64_t stamp = ++next_stamp_;
     uint64_t source = 0;
-    if (!TakeSource(job->count, stamp, &source)) return Close(job, owner);
+    const bool read = job->operation == transfer::Operation::kRead;
+    if (!TakeSource(job->count, read ? ++next_stamp_ : stamp, &source)) return Close(job, owner);
+    if (read) std::fill_n(owner->stamps.begin() + static_cast<ptrdiff_t>(job->first), job->count, stamp);
     transfer::Request request;
+    request.operation = job->operation;
     request.ticket = job->ticket;
     request.priority = static_cast<int32_t>(random_.Below(3));
     request.deadline = kNoDeadline;
@@ -168,6 +174,7 @@ class Schedule {
     to->Add(std::move(request), *std::move(list), [=, this](Status status) {
       --job->pending;
       --pending_;
+      if (read && status.ok()) CheckRead(*job, source, stamp);
       FreeSource(job->count, source);
       CheckDone(*job, owner, stamp, status, began);
       // Sometimes at once, sometimes late: what was written stays until somebody writes anew.
@@ -213,6 +220,15 @@ class Schedule {
     }
     ++ok_;
     CheckStamps(job, owner, stamp, began);
+  }
+
+  void CheckRead(const Job& job, uint64_t source, uint64_t stamp) {
+    ++reads_ok_;
+    for (uint64_t b = 0; b < job.count; ++b) {
+      if (const uint64_t got = sources_.stamp_of_block[source + b]; got != stamp)
+        checks_.Fail(world_,
+                     fmt::format("a read is done, but its block {} has stamp {}, not {}", b, got, stamp));
+    }
   }
 
   void CheckStamps(const Job& job, Receiver* owner, uint64_t stamp, TimePoint began) {
@@ -336,7 +352,7 @@ class Schedule {
   std::vector<std::unique_ptr<transfer::Peer>> peers_;
   std::vector<bool> taken_ = std::vector<bool>(kBlocks);
   uint64_t next_stamp_ = 0;
-  int pending_ = 0, jobs_open_ = 0, ok_ = 0, failed_ = 0;
+  int pending_ = 0, jobs_open_ = 0, ok_ = 0, reads_ok_ = 0, failed_ = 0;
   bool restart_planned_ = false;
 };
 

@@ -1,7 +1,7 @@
 #pragma once
 // One random schedule: a sender and a receiver joined by one to four rails, tickets that are granted, written
-// to (the same places again and again), aborted and closed, faults for a while, then none. Checkers watch
-// throughout.
+// to or read from (the same places again and again), aborted and closed, faults for a while, then none.
+// Checkers watch throughout.
 
 #include <string>
 
@@ -13,6 +13,7 @@ struct Outcome {
   std::string violation;  // empty: none
   uint64_t steps = 0;
   int requests_ok = 0;
+  int reads_ok = 0;         // of these
   int requests_failed = 0;  // cancelled, refused after their ticket was closed, or lost with the process
   uint64_t trips = 0;
   uint64_t slices_hedged = 0;

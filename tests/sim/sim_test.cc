@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "base/log.h"
+#include "tests/sim/fleet.h"
 #include "tests/sim/goodput.h"
 #include "tests/sim/scenario.h"
 
@@ -23,20 +24,23 @@ TEST(Simulation, RandomSchedulesViolateNothing) {
     ASSERT_EQ(outcome.violation, "") << "seed " << seed;
     sum.steps += outcome.steps;
     sum.requests_ok += outcome.requests_ok;
+    sum.reads_ok += outcome.reads_ok;
     sum.requests_failed += outcome.requests_failed;
     sum.trips += outcome.trips;
     sum.slices_hedged += outcome.slices_hedged;
     sum.slices_superseded += outcome.slices_superseded;
   }
   std::printf(
-      "%llu schedules: %llu events, %d requests done, %d cancelled or lost with their process, %llu outages, "
+      "%llu schedules: %llu events, %d requests done (%d of them reads), %d cancelled or lost with their "
+      "process, %llu outages, "
       "%llu slices hedged, %llu copies superseded\n",
       static_cast<unsigned long long>(count), static_cast<unsigned long long>(sum.steps), sum.requests_ok,
-      sum.requests_failed, static_cast<unsigned long long>(sum.trips),
+      sum.reads_ok, sum.requests_failed, static_cast<unsigned long long>(sum.trips),
       static_cast<unsigned long long>(sum.slices_hedged),
       static_cast<unsigned long long>(sum.slices_superseded));
   // Otherwise the schedules show nothing.
   EXPECT_GT(sum.trips, count / 4);
+  EXPECT_GT(sum.reads_ok, 0);
   EXPECT_GT(sum.slices_hedged, 0U);
   EXPECT_GT(sum.slices_superseded, 0U);
 }
@@ -69,6 +73,26 @@ TEST(Simulation, LateBindingIsBackWithin50MsAndEarlyBindersAreNot) {
       EXPECT_GT(took, std::chrono::milliseconds(300)) << Name(policy);
     }
   }
+}
+
+TEST(Simulation, AFleetLosesOnlyWhatItsBrokenRailsCarried) {
+  Quiet();
+  FleetPlan plan;
+  const char* const hosts = std::getenv("MILLRACE_SIM_HOSTS");
+  plan.hosts = hosts != nullptr ? std::atoi(hosts) : 32;
+  const FleetOutcome outcome = RunFleet(plan);
+  ASSERT_EQ(outcome.violation, "");
+  std::printf(
+      "%d hosts x %d rails: %llu events, %llu requests, %llu outages, %llu slices hedged; least goodput of "
+      "what worked "
+      "%.3f before, %.3f from 50 ms into the outage, %.3f from 200 ms after it\n",
+      plan.hosts, plan.rails, static_cast<unsigned long long>(outcome.steps),
+      static_cast<unsigned long long>(outcome.requests), static_cast<unsigned long long>(outcome.trips),
+      static_cast<unsigned long long>(outcome.hedged), outcome.before, outcome.during, outcome.after);
+  EXPECT_GT(outcome.trips, 0U);
+  EXPECT_GE(outcome.before, 0.9);
+  EXPECT_GE(outcome.during, 0.9);
+  EXPECT_GE(outcome.after, 0.9);
 }
 
 class PlantedBug : public testing::TestWithParam<Bug> {};

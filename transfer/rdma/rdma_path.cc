@@ -48,6 +48,7 @@ RdmaPath::RdmaPath(EventLoop* loop, Device* device, size_t device_index, const R
   traits_.local_rail = device_->name();
   traits_.remote_rail = target_.text;
   traits_.slices_in_flight_max = kQueuePairs * kSlots;
+  traits_.overtakes = false;
   for (auto& slots : free_) {
     for (uint32_t slot = 0; slot < kSlots; ++slot) slots.push_back(slot);
   }

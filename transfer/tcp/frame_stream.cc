@@ -17,8 +17,9 @@ namespace {
 constexpr size_t kBufferBytes = 16 << 10;
 constexpr uint32_t kBulkBytes =
     16 << 10;  // frames from this size on are read into place from their first byte
-constexpr size_t kReadBudget =
-    2 << 20;  // per round, so that one busy connection does not keep others waiting
+// Per round of the loop, so that bulk does not keep small frames of other connections waiting.
+constexpr size_t kReadBudget = 128 << 10;
+constexpr size_t kSendBudget = 128 << 10;
 constexpr size_t kQueuedBytesMax = 1 << 20;  // a peer that takes no answers is read no further
 constexpr size_t kPartsMax = 16;
 
@@ -199,7 +200,6 @@ void FrameStream::SendHello(const std::string& message) {
 void FrameStream::Send(const Frame& frame, std::span<const std::byte> payload) {
   Outgoing out;
   out.frame = frame;
-  out.header = EncodeFrame(frame);
   out.payload = payload;
   bytes_queued_ += kHeaderBytes;  // payload does not take memory here
   out_.push_back(std::move(out));
@@ -221,20 +221,27 @@ void FrameStream::SendMessage(std::string body) {
 
 void FrameStream::Flush() {
   if (closed() || state_ == State::kConnecting) return;
-  while (!out_.empty()) {
+  size_t budget = kSendBudget;
+  while (!out_.empty() && budget > 0) {
     iovec parts[kPartsMax];
     size_t count = 0, offered = 0, skip = out_offset_;
     const auto add = [&](const void* data, size_t size) {
       const size_t gone = std::min(skip, size);
       skip -= gone;
-      if (gone == size || count == kPartsMax) return;
-      parts[count++] = {const_cast<char*>(static_cast<const char*>(data)) + gone, size - gone};
-      offered += size - gone;
+      const size_t part = std::min(size - gone, budget - offered);
+      if (part == 0 || count == kPartsMax) return;
+      parts[count++] = {const_cast<char*>(static_cast<const char*>(data)) + gone, part};
+      offered += part;
     };
-    for (auto it = out_.begin(); it != out_.end() && count + 2 <= kPartsMax; ++it) {
+    for (auto it = out_.begin(); it != out_.end() && count + 2 <= kPartsMax && offered < budget; ++it) {
       if (!it->text.empty()) {
         add(it->text.data(), it->text.size());
       } else {
+        if (!it->ready) {
+          if (!it->payload.empty()) it->frame.payload_crc = Crc32c(it->payload);
+          it->header = EncodeFrame(it->frame);
+          it->ready = true;
+        }
         add(it->header.data(), kHeaderBytes);
         add(it->payload.data(), it->payload.size());
       }
@@ -247,6 +254,7 @@ void FrameStream::Flush() {
     if (put < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
       return Fail(Unavailable("connection closed while sending: {}", std::strerror(errno)));
     const size_t written = put < 0 ? 0 : static_cast<size_t>(put);
+    budget -= written;
     out_offset_ += written;
     while (!out_.empty()) {
       Outgoing& front = out_.front();

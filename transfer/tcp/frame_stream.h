@@ -44,7 +44,7 @@ class FrameStream {
   ~FrameStream() { Close(); }
 
   void SendHello(const std::string& message);
-  // `payload` stays valid until OnSent or Close.
+  // `payload` stays valid until OnSent or Close; its checksum is filled in.
   void Send(const Frame& frame, std::span<const std::byte> payload = {});
   void SendMessage(std::string body);  // a control frame; copied
   // Nothing reads or writes user memory after this. No OnClosed.
@@ -55,15 +55,15 @@ class FrameStream {
   // The payload being read goes nowhere from now on.
   void DropPayload() { target_ = nullptr; }
   size_t bytes_queued() const { return bytes_queued_; }
-  // Between Hold and Flush, Send only queues: many frames leave in one call.
-  void Flush();
+  void Flush();  // what the socket takes, up to a round's budget; the loop does the rest
 
  private:
   enum class State { kConnecting, kHello, kHeader, kPayload };
   struct Outgoing {
     Frame frame;
-    HeaderBytes header;  // of a frame
-    std::string text;    // or a Hello or control message, whole
+    HeaderBytes header{};  // of a frame; made, with the checksum, when its turn comes: the payload is read
+    bool ready = false;    // twice in a row then, the second time from the cache
+    std::string text;      // or a Hello or control message, whole
     std::span<const std::byte> payload;
   };
 

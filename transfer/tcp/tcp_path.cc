@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "base/check.h"
-#include "base/digest.h"
 #include "proto/transfer.pb.h"
 
 namespace millrace::transfer {
@@ -13,21 +12,24 @@ TcpPath::TcpPath(const RailEnvironment* environment, Target target)
 
 void TcpPath::Connect() {
   const HostPort& remote = target_.remotes[next_remote_++ % target_.remotes.size()];
-  auto fd = ConnectTcp(target_.local_host, remote);
-  if (!fd.ok()) return owner_->OnBroken(this, fd.status());
-  stream_ = std::make_unique<FrameStream>(environment_->loop, *std::move(fd), true, this);
+  for (Lane* const lane : {&bulk_, &express_}) {
+    if (IsControl() && lane == &express_) break;
+    auto fd = ConnectTcp(target_.local_host, remote);
+    if (!fd.ok()) return owner_->OnBroken(this, fd.status());
+    lane->stream = std::make_unique<FrameStream>(environment_->loop, *std::move(fd), true, lane);
+  }
 }
 
-void TcpPath::OnConnected() {
+std::string TcpPath::Hello() const {
   v1::Hello hello;
   hello.set_protocol_version(kProtocolVersion);
   hello.set_epoch(environment_->epoch);
   hello.set_expected_epoch(target_.expected_epoch);
   hello.set_purpose(IsControl() ? v1::Hello::CONTROL : v1::Hello::DATA);
-  stream_->SendHello(hello.SerializeAsString());
+  return hello.SerializeAsString();
 }
 
-bool TcpPath::OnHello(std::string_view message) {
+bool TcpPath::OnHello(Lane& lane, std::string_view message) {
   v1::Hello hello;
   if (!hello.ParseFromArray(message.data(), static_cast<int>(message.size())) ||
       hello.protocol_version() != kProtocolVersion || hello.epoch() != target_.expected_epoch ||
@@ -39,8 +41,9 @@ bool TcpPath::OnHello(std::string_view message) {
     Break(why);
     return false;
   }
-  ready_ = true;
-  owner_->OnConnected(this);
+  lane.ready = true;
+  ready_ = bulk_.ready && (IsControl() || express_.ready);
+  if (ready_) owner_->OnConnected(this);
   return true;
 }
 
@@ -54,21 +57,21 @@ void TcpPath::Send(const Slice& slice) {
   frame.length = static_cast<uint32_t>(slice.local.size());
   frame.attempt = slice.attempt;
   frame.retired_below = slice.retired_below;
+  FrameStream& stream = slice.express ? *express_.stream : *bulk_.stream;
   const bool write = slice.operation == Operation::kWrite;
   in_flight_.emplace(slice.id, Reading{write ? nullptr : slice.local.data(), slice.local.size()});
   if (write) {
     frame.kind = FrameKind::kSlice;
-    frame.payload_crc = Crc32c(slice.local);
-    stream_->Send(frame, slice.local);
+    stream.Send(frame, slice.local);
   } else {
     frame.kind = FrameKind::kReadRequest;
-    stream_->Send(frame);
+    stream.Send(frame);
   }
 }
 
 void TcpPath::Probe(uint64_t probe) {
   MR_CHECK(ready_);
-  stream_->Send({.kind = FrameKind::kProbe, .slice = probe});
+  bulk_.stream->Send({.kind = FrameKind::kProbe, .slice = probe});
 }
 
 std::byte* TcpPath::OnHeader(const Frame& frame) {
@@ -122,13 +125,16 @@ void TcpPath::OnControlMessage(std::string_view) {}
 
 bool TcpPath::SendControl(std::string body) {
   if (!ready_) return false;
-  stream_->SendMessage(std::move(body));
+  bulk_.stream->SendMessage(std::move(body));
   return true;
 }
 
 void TcpPath::Drop() {
   ready_ = false;
-  if (stream_ != nullptr) stream_->Close();
+  for (Lane* const lane : {&bulk_, &express_}) {
+    lane->ready = false;
+    if (lane->stream != nullptr) lane->stream->Close();
+  }
 }
 
 void TcpPath::OnClosed(const Status& why) {

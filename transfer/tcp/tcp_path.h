@@ -14,7 +14,8 @@
 
 namespace millrace::transfer {
 
-class TcpPath : public Path, public FrameStream::Handler {
+// A data path has two connections: what small requests send does not queue behind bulk.
+class TcpPath : public Path {
  public:
   struct Target {
     std::string local_host;         // numeric; empty: any
@@ -38,29 +39,43 @@ class TcpPath : public Path, public FrameStream::Handler {
   bool SendControl(std::string body);
 
  private:
+  // One connection.
+  struct Lane : FrameStream::Handler {
+    explicit Lane(TcpPath* p) : path(p) {}
+    void OnConnected() override { stream->SendHello(path->Hello()); }
+    bool OnHello(std::string_view message) override { return path->OnHello(*this, message); }
+    std::byte* OnHeader(const Frame& frame) override { return path->OnHeader(frame); }
+    void OnFrame(const Frame& frame, bool right) override { path->OnFrame(frame, right); }
+    void OnMessage(std::string_view body) override { path->OnMessage(body); }
+    void OnSent(const Frame&) override {}
+    void OnProgress(size_t) override {}
+    void OnClosed(const Status& why) override { path->OnClosed(why); }
+
+    TcpPath* const path;
+    bool ready = false;  // Hellos were exchanged
+    std::unique_ptr<FrameStream> stream;
+  };
   struct Reading {  // where a read lands
     std::byte* local;
     uint64_t bytes;
   };
   bool IsControl() const { return !target_.traits.carries_slices; }
-  void OnConnected() override;
-  bool OnHello(std::string_view message) override;
-  std::byte* OnHeader(const Frame& frame) override;
-  void OnFrame(const Frame& frame, bool right) override;
-  void OnMessage(std::string_view body) override;
-  void OnSent(const Frame&) override {}
-  void OnProgress(size_t) override {}
-  void OnClosed(const Status& why) override;
+  std::string Hello() const;
+  bool OnHello(Lane& lane, std::string_view message);
+  std::byte* OnHeader(const Frame& frame);
+  void OnFrame(const Frame& frame, bool right);
+  void OnMessage(std::string_view body);
+  void OnClosed(const Status& why);
   void OnAnswer(uint64_t slice, SliceOutcome outcome);
   void Break(const Status& why);
-  void Drop();           // the connection, silently
+  void Drop();           // the connections, silently
   void ReportUnknown();  // of everything in flight
 
   const RailEnvironment* const environment_;
   const Target target_;
   size_t next_remote_ = 0;
-  std::unique_ptr<FrameStream> stream_;
-  bool ready_ = false;  // Hellos were exchanged
+  Lane bulk_{this}, express_{this};  // a control session has `bulk_` only
+  bool ready_ = false;               // every lane is
   // In flight: slices that were sent; for reads, where they land.
   absl::flat_hash_map<uint64_t, Reading> in_flight_;
 };

@@ -7,6 +7,8 @@ namespace millrace::transfer {
 namespace {
 
 constexpr size_t kRemoteRailsMax = 64;  // of one peer
+// A slice is summed and then sent, the second time from the processor's second cache.
+constexpr uint32_t kSliceBytes = 512 << 10;
 
 StatusOr<std::vector<HostPort>> RemoteRails(const RemotePeer& peer) {
   std::vector<HostPort> remotes;
@@ -83,7 +85,10 @@ StatusOr<std::vector<std::unique_ptr<Path>>> TcpRails::MakePaths(const RemotePee
     target.local_host = from;
     target.remotes = {to};
     target.expected_epoch = peer.epoch;
-    target.traits = {.kind = name(), .local_rail = from.empty() ? "any" : from, .remote_rail = to.ToString()};
+    target.traits = {.kind = name(),
+                     .local_rail = from.empty() ? "any" : from,
+                     .remote_rail = to.ToString(),
+                     .slice_bytes_max = kSliceBytes};
     for (uint32_t c = 0; c < environment_.options->connections_per_path; ++c)
       paths.push_back(std::make_unique<TcpPath>(&environment_, target));
   };

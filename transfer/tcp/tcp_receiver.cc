@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "absl/container/flat_hash_map.h"
-#include "base/digest.h"
 #include "base/log.h"
 #include "proto/transfer.pb.h"
 #include "transfer/tcp/frame_stream.h"
@@ -13,7 +12,7 @@
 namespace millrace::transfer {
 namespace {
 
-constexpr size_t kConnectionsMax = 1024;
+constexpr size_t kConnectionsMax = 4096;
 constexpr size_t kReadsMax = 256;  // answers with data that wait on one connection; more is a broken peer
 constexpr Duration kHelloTimeout = std::chrono::seconds(5);
 // The bound of CloseTicket: an admitted slice that makes no progress for so long loses its connection. The
@@ -151,11 +150,7 @@ class TcpReceiver::Connection : public FrameStream::Handler, public Lander, publ
     }
     if (reads_.size() == 1) last_progress_ = environment_.clock->Now();
     const std::span<const std::byte> data(*from, frame.length);
-    stream_.Send({.kind = FrameKind::kReadData,
-                  .slice = frame.slice,
-                  .length = frame.length,
-                  .payload_crc = Crc32c(data)},
-                 data);
+    stream_.Send({.kind = FrameKind::kReadData, .slice = frame.slice, .length = frame.length}, data);
   }
 
   // The kernel has copied what was read: its memory is no longer looked at.

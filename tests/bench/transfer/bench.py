@@ -89,7 +89,7 @@ def main():
     parser.add_argument("what", choices=["rails", "faults", "loopback"])
     parser.add_argument("--runs", type=int, default=3, help="of each case of rails and loopback")
     parser.add_argument("--trials", type=int, default=20, help="of each fault")
-    parser.add_argument("--only", nargs="*", help="these faults only")
+    parser.add_argument("--only", nargs="*", help="these faults, or cases of loopback, only")
     parser.add_argument("--json", help="file for every figure")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as log_dir:

@@ -1,5 +1,6 @@
 """Rails broken and healed during a long checked transfer: what the caller saw and how fast goodput came back."""
 
+import pathlib
 import statistics
 import threading
 import time
@@ -9,6 +10,7 @@ from rails import Rails, Target, run_initiator
 
 PERIOD = 4.0  # seconds from one trial's fault to the next one's
 OUTAGE = 1.5  # until the heal
+CALM = 0.9  # before the fault
 TRIALS_PER_RUN = 4
 RATE_MBIT = 200
 # 64 KiB blocks, 64 in flight: a moment without completions is a moment without goodput.
@@ -22,6 +24,7 @@ class Outcome:
 
     def __init__(self):
         self.recovery_ms = []  # None: not before the heal
+        self.calm_ms = []      # the same measure over the moment before the fault, of all rails: what the machine does by itself
         self.lost_ms = []      # of the survivors' rate, within the outage
         self.back_s = []       # on the healed rail
         self.during = []       # goodput over the survivors' limit, over the whole outage
@@ -72,30 +75,35 @@ def run_trials(rails, limits, kind, trials, log_dir, outcome, rows):
         until = heal if kind != "reset" else start + OUTAGE
         seconds = timeline.recovery(row, start, until, 0.9 * survivors)
         outcome.recovery_ms.append(None if seconds is None else seconds * 1e3)
+        seconds = timeline.recovery(row, start - CALM, start, 0.9 * sum(limits.values()))
+        outcome.calm_ms.append(CALM * 1e3 if seconds is None else seconds * 1e3)
         outcome.lost_ms.append(timeline.lost_seconds(row, start, until, survivors) * 1e3)
         outcome.during.append(timeline.goodput(row, start, until) / survivors)
         healed_at = done[-1]["ended_seconds"] if kind != "reset" else done[0]["ended_seconds"]
         outcome.back_s.append(timeline.back_on_rail(row, rails.index(row, rail), healed_at, next_fault, 0.8 * limits[rail]))
 
 
-def run_restarts(rails, limits, trials, log_dir, outcome, rows):
-    """The target is killed and another process takes its place. `back_s` counts from the moment it listens."""
+def run_restarts(rails, limits, trials, log_dir, outcome, rows, period=3.0):
+    """The target is killed, every `period` seconds, and another process takes its place. `back_s` counts from the moment it listens."""
     listening = []
+    began = pathlib.Path(log_dir) / f"began-{time.monotonic_ns()}"
     target = Target(rails, log_dir, "target-0")
     port = target.address.rsplit(":", 1)[1]
     result = {}
-    seconds = 1.5 + trials * 3.0
+    seconds = 1.5 + trials * period
 
     def load():
-        result["row"] = run_initiator(rails, target.address, *LOAD, "--reconnect", "--seconds", seconds, "--fault", "0:true")
+        result["row"] = run_initiator(rails, target.address, *LOAD, "--reconnect", "--seconds", seconds, "--fault", f"0:touch {began}")
 
     thread = threading.Thread(target=load)
     thread.start()
-    started = time.monotonic()
     current = target
     try:
+        while not began.exists() and thread.is_alive():
+            time.sleep(0.02)
+        started = time.monotonic()
         for trial in range(trials):
-            time.sleep(max(0, started + 2.0 + trial * 3.0 - time.monotonic()))
+            time.sleep(max(0, started + 1.0 + trial * period - time.monotonic()))
             current.process.kill()
             current.process.popen.wait()
             time.sleep(0.3)
@@ -128,14 +136,14 @@ def summary(values, form):
 
 def report(kind, outcome):
     print(f"{kind:14} {len(outcome.back_s):>6}  {summary(outcome.recovery_ms, '{:.0f}'):>16} "
-          f"{summary(outcome.lost_ms, '{:.0f}'):>14} {summary(outcome.back_s, '{:.2f}'):>14}   "
+          f"{summary(outcome.calm_ms, '{:.0f}'):>22} {summary(outcome.lost_ms, '{:.0f}'):>14} {summary(outcome.back_s, '{:.2f}'):>14}   "
           f"{sum(outcome.errors.values())} errors, {outcome.wrong_bytes} of {outcome.checked_bytes / 1e9:.1f} GB wrong, "
           f"{outcome.resent_slices} slices sent again", flush=True)
 
 
 def measure(args, log_dir):
     rows = []
-    print("fault          trials  recovery ms med/max  lost ms med/max  back s med/max")
+    print("fault          trials  recovery ms med/max  without a fault med/max  lost ms med/max  back s med/max")
     with Rails([RATE_MBIT] * 4) as rails:
         limits = rails.iperf(rails.rails)
         for kind in args.only or [*FAULTS, "peer_restart"]:

@@ -1,5 +1,5 @@
-"""The short form of bench.py faults, and of what it measures with: a few faults of each kind, with bounds loose enough for a
-machine that does other things."""
+"""The short form of bench.py faults, and of what it measures with: a few faults of each kind. Nothing here depends on speed:
+milliseconds belong to bench.py, on a machine that does nothing else."""
 
 import os
 import subprocess
@@ -14,19 +14,18 @@ import timeline  # noqa: E402
 from rails import Rails, Target, harness, run_initiator  # noqa: E402
 
 TRIALS = 2
-GOODPUT_MIN = 0.4  # of the survivors' own limit, over a whole outage
-BACK_S_MAX = 2.3  # the healed rail is looked at every 20 ms, over 200 ms
+RATE_MBIT = 40  # little enough for the processor not to be the limit
 
 
 @pytest.fixture(scope="module")
 def rails():
-    with Rails([faults.RATE_MBIT] * 4) as rails:
+    with Rails([RATE_MBIT] * 4) as rails:
         yield rails
 
 
 @pytest.fixture(scope="module")
 def limits(rails):
-    return rails.iperf(rails.rails, seconds=2)
+    return {rail: RATE_MBIT * 1e6 / 8 for rail in rails.rails}
 
 
 @pytest.mark.parametrize("kind", faults.FAULTS)
@@ -34,16 +33,17 @@ def test_a_broken_rail_costs_time_only(rails, limits, kind, tmp_path):
     outcome, rows = faults.Outcome(), []
     faults.run_trials(rails, limits, kind, TRIALS, tmp_path, outcome, rows)
     assert outcome.errors == {} and outcome.wrong_bytes == 0 and outcome.checked_bytes > 0
-    # Milliseconds to recover belong to bench.py, on a machine that does nothing else.
-    assert min(outcome.during) > GOODPUT_MIN, outcome.during
-    assert all(s is not None and s < BACK_S_MAX for s in outcome.back_s), outcome.back_s
+    assert min(outcome.during) > 0, "nothing went over the rails that lived"
+    if kind in ("link_down", "black_hole", "reset"):
+        assert outcome.resent_slices > 0, "the fault was not felt"
+    row = rows[-1]["row"]
+    assert all(row["rails"][rails.index(row, rail)]["bytes"] > 0 for rail in rails.rails)
 
 
 def test_a_killed_target_is_found_again(rails, limits, tmp_path):
     outcome, rows = faults.Outcome(), []
-    faults.run_restarts(rails, limits, TRIALS, tmp_path, outcome, rows)
+    faults.run_restarts(rails, limits, 1, tmp_path, outcome, rows, period=10)
     assert outcome.errors == {} and outcome.wrong_bytes == 0 and outcome.checked_bytes > 0
-    assert all(s is not None for s in outcome.back_s)
 
 
 def test_several_initiators_read_and_write(rails, tmp_path):

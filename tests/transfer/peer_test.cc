@@ -1,0 +1,153 @@
+// A peer's scheduler over paths that do what the test says, on a clock that moves when the test says. What it
+// does over many rails and faults is the simulator's business (tests/sim).
+#include "transfer/peer.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+
+namespace millrace::transfer {
+namespace {
+
+using std::chrono::milliseconds;
+
+class ScriptedPath : public Path {
+ public:
+  ScriptedPath(std::string name, bool overtakes) {
+    traits_.kind = "scripted";
+    traits_.local_rail = traits_.remote_rail = std::move(name);
+    traits_.overtakes = overtakes;
+  }
+  const PathTraits& traits() const override { return traits_; }
+  void Connect() override { owner_->OnConnected(this); }
+  void Disconnect() override {
+    for (const auto& [id, slice] : std::exchange(in_flight, {}))
+      owner_->OnSliceDone(this, id, SliceOutcome::kUnknown);
+  }
+  void Send(const Slice& slice) override { in_flight.emplace(slice.id, slice); }
+  void Probe(uint64_t probe) override { owner_->OnProbeDone(this, probe); }
+
+  void Land(uint64_t slice) {
+    ASSERT_EQ(in_flight.erase(slice), 1U);
+    owner_->OnSliceDone(this, slice, SliceOutcome::kLanded);
+  }
+  void LandAll() {
+    while (!in_flight.empty()) Land(in_flight.begin()->first);
+  }
+  uint64_t bytes() const {
+    uint64_t sum = 0;
+    for (const auto& [id, slice] : in_flight) sum += slice.local.size();
+    return sum;
+  }
+
+  std::map<uint64_t, Slice> in_flight;
+
+ private:
+  PathTraits traits_;
+};
+
+class PeerTest : public testing::Test {
+ protected:
+  ScriptedPath* AddPath(const char* name, bool overtakes = true) {
+    auto path = std::make_unique<ScriptedPath>(name, overtakes);
+    ScriptedPath* const raw = path.get();
+    peer_.AddPath(std::move(path));
+    peer_.Tick(clock_.Now());  // connects
+    return raw;
+  }
+  void Submit(uint64_t bytes) {
+    auto list =
+        IntentList::Create(memory_, {{.local = {region_, 0, bytes}, .remote_region = 1, .remote_offset = 0}});
+    ASSERT_TRUE(list.ok()) << list.status();
+    Request request;
+    request.ticket = 1;
+    peer_.Add(std::move(request), *std::move(list), [this](Status status) {
+      EXPECT_TRUE(status.ok()) << status;
+      ++done_;
+    });
+  }
+  void Advance(Duration by) {
+    clock_.Advance(by);
+    peer_.Tick(clock_.Now());
+  }
+
+  Options options_;
+  FakeClock clock_;
+  std::vector<std::byte> bytes_ = std::vector<std::byte>(16 << 20);
+  std::shared_ptr<MemoryTable> memory_ = std::make_shared<MemoryTable>();
+  RegionId region_ = memory_->Register(bytes_, true);
+  Peer peer_{1, 7, "peer", &options_, &clock_, 1};
+  int done_ = 0;
+};
+
+TEST_F(PeerTest, ALateSliceIsSentAgainOnAnotherPath) {
+  ScriptedPath* const slow = AddPath("slow");
+  Submit(4096);
+  ASSERT_EQ(slow->in_flight.size(), 1U);
+  const uint64_t slice = slow->in_flight.begin()->first;
+  ScriptedPath* const other = AddPath("other");
+  Advance(options_.late_min / 2);
+  EXPECT_TRUE(other->in_flight.empty()) << "not late yet";
+  Advance(options_.late_min);
+  ASSERT_TRUE(other->in_flight.contains(slice));
+  EXPECT_EQ(other->in_flight.at(slice).attempt, 2U);
+  other->Land(slice);
+  EXPECT_EQ(done_, 0) << "the first copy may still be read from memory";
+  slow->Land(slice);
+  EXPECT_EQ(done_, 1);
+}
+
+TEST_F(PeerTest, TheFloorOfLatenessIsAnOption) {
+  options_.late_min = milliseconds(100);
+  ScriptedPath* const slow = AddPath("slow");
+  Submit(4096);
+  ScriptedPath* const other = AddPath("other");
+  Advance(milliseconds(99));
+  EXPECT_TRUE(other->in_flight.empty());
+  Advance(milliseconds(2));
+  EXPECT_EQ(other->in_flight.size(), 1U);
+  other->LandAll();
+  slow->LandAll();
+}
+
+// The copy on such a path could only be overtaken by breaking its connection.
+TEST_F(PeerTest, ASliceOnAPathThatCannotBeOvertakenIsNotSentAgainWhileThePathLives) {
+  ScriptedPath* const slow = AddPath("slow", false);
+  Submit(4096);
+  const uint64_t slice = slow->in_flight.begin()->first;
+  ScriptedPath* const other = AddPath("other");
+  Advance(2 * options_.late_min);
+  EXPECT_TRUE(other->in_flight.empty());
+  ASSERT_TRUE(slow->in_flight.contains(slice));
+  // It says nothing while the other is heard: it is given up, and then the slice goes over the other.
+  for (int i = 0; i < 20 && !slow->in_flight.empty(); ++i) {
+    Submit(4096);
+    Advance(options_.late_min / 4);
+    for (auto it = other->in_flight.begin(); it != other->in_flight.end();) other->Land((it++)->first);
+    Advance(options_.late_min / 4);
+  }
+  EXPECT_TRUE(slow->in_flight.empty());
+  other->LandAll();
+  EXPECT_EQ(peer_.queue().num_requests(), 0U);
+}
+
+TEST_F(PeerTest, ASmallRequestPassesBulkThatFillsTheWindow) {
+  ScriptedPath* const path = AddPath("path");
+  Submit(8 << 20);
+  const size_t bulk = path->in_flight.size();
+  ASSERT_LT(path->bytes(), 8U << 20) << "the window is full";
+  Submit(4096);
+  ASSERT_EQ(path->in_flight.size(), bulk + 1);
+  EXPECT_TRUE(path->in_flight.rbegin()->second.express);
+  // But only so many: what is small and plenty is bulk as well.
+  for (int i = 0; i < 1000; ++i) Submit(4096);
+  EXPECT_LE(path->in_flight.size(), bulk + kExpressBytesMax / 4096);
+  while (done_ < 1002) {
+    ASSERT_FALSE(path->in_flight.empty());
+    clock_.Advance(milliseconds(1));
+    path->LandAll();
+  }
+}
+
+}  // namespace
+}  // namespace millrace::transfer
