@@ -5,6 +5,8 @@ import json
 import openai
 import pytest
 
+import harness
+
 QUESTION = [{"role": "user", "content": "What is a violin?"}]
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city",
                                          "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
