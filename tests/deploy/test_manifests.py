@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from conftest import OVERLAYS
+from kustomize import OVERLAYS
 from schemas import problems
 
 import harness
