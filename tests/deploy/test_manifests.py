@@ -2,16 +2,15 @@
 
 import copy
 import json
+import pathlib
 import re
 import subprocess
 
 import pytest
-from kustomize import OVERLAYS
+from kustomize import OVERLAYS, render
 from schemas import problems
 
 import harness
-
-CORE = ("Deployment", "Service", "ConfigMap", "NetworkPolicy", "PodDisruptionBudget")
 
 
 def of_kind(documents, *kinds):
@@ -56,6 +55,15 @@ def test_every_field_has_its_type(overlays, overlay):
     names = [(d["kind"], d["metadata"]["name"]) for d in documents]
     assert len(set(names)) == len(names)
     assert {d["metadata"].get("namespace") for d in documents} == {"millrace"}
+
+
+@pytest.mark.parametrize("overlay", ["single-node", "pd"])
+def test_an_overlay_can_be_built_upon(kubectl, overlay):
+    """As the guide says: settings replaced, workers sized, from a directory elsewhere."""
+    documents = render(kubectl, pathlib.Path(__file__).parent / "overlays" / overlay)
+    assert [line for document in documents for line in problems(document)] == []
+    for template in templates(documents):
+        assert config_of(documents, template)[1]["model-name"] == "ling-tiny"
 
 
 def planted(document, path, value):
