@@ -7,7 +7,7 @@ import re
 import subprocess
 
 import pytest
-from kustomize import OVERLAYS, render
+from kustomize import OVERLAYS, ROOT, render
 from schemas import problems
 
 import harness
@@ -28,14 +28,21 @@ def containers(documents):
 
 
 def config_of(documents, template):
-    """The JSON file of a pod's own container: (command, parsed)."""
+    """What a pod's own container is started with: (command, its JSON file, flags)."""
     (container,) = template["spec"]["containers"]
-    command, flag, path = container["args"]
+    command, flag, path, *flags = container["args"]
     assert flag == "--config"
     mount = next(m for m in container["volumeMounts"] if path.startswith(m["mountPath"] + "/"))
     volume = next(v for v in template["spec"]["volumes"] if v["name"] == mount["name"])
     config_map = next(c for c in of_kind(documents, "ConfigMap") if c["metadata"]["name"] == volume["configMap"]["name"])
-    return command, json.loads(config_map["data"][path[len(mount["mountPath"]) + 1:]])
+    return command, json.loads(config_map["data"][path[len(mount["mountPath"]) + 1:]]), flags
+
+
+def mounted(template, path):
+    """The volume that `path` lies on in a pod's own container."""
+    (container,) = template["spec"]["containers"]
+    (mount,) = [m for m in container["volumeMounts"] if path.startswith(m["mountPath"] + "/")]
+    return next(v for v in template["spec"]["volumes"] if v["name"] == mount["name"])
 
 
 def selects(labels, template):
@@ -136,7 +143,7 @@ def test_pods_are_probed_and_end_in_time(overlays, overlay):
         (container,) = template["spec"]["containers"]
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             assert probe in container, (template["metadata"]["labels"], probe)
-        _, config = config_of(overlays[overlay], template)
+        _, config, _ = config_of(overlays[overlay], template)
         assert template["spec"]["terminationGracePeriodSeconds"] >= seconds_of_grace(template) + config["drain"] + 10
         startup = container["startupProbe"]
         assert startup["periodSeconds"] * startup["failureThreshold"] >= 60
@@ -191,7 +198,7 @@ def test_the_configuration_opens_the_ports_that_pods_name(overlays, overlay):
     documents = overlays[overlay]
     services = {service["metadata"]["name"] for service in of_kind(documents, "Service")}
     for template in templates(documents):
-        _, config = config_of(documents, template)
+        _, config, _ = config_of(documents, template)
         opened = {int(re.search(r":(\d+)$", text)[1]) for key in ("listen", "metrics-listen", "admin-listen", "rail")
                   for text in ([config[key]] if isinstance(config.get(key), str) else config.get(key, []))}
         assert {port["containerPort"] for port in template["spec"]["containers"][0]["ports"]} == opened
@@ -203,18 +210,37 @@ def test_the_configuration_opens_the_ports_that_pods_name(overlays, overlay):
 def test_the_binary_takes_the_configuration(overlays, overlay, tmp_path):
     documents = overlays[overlay]
 
-    def outcome(command, config):
+    def outcome(command, config, flags):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config))
-        run = subprocess.run([harness.binary(), command, "--config", path, "--model", tmp_path / "absent"],
+        run = subprocess.run([harness.binary(), command, "--config", path, *flags, "--model", tmp_path / "absent"],
                              capture_output=True, text=True, timeout=60)
         assert run.returncode != 0
         return run.stderr
 
     for template in templates(documents):
-        command, config = config_of(documents, template)
-        assert "absent/config.json" in outcome(command, config)  # it came as far as the model
-        assert "absent/config.json" not in outcome(command, {**config, "no-such-key": 1})
+        command, config, flags = config_of(documents, template)
+        assert "absent/config.json" in outcome(command, config, flags)  # it came as far as the model
+        assert "absent/config.json" not in outcome(command, {**config, "no-such-key": 1}, flags)
+
+
+def test_one_version_everywhere(overlays):
+    version = subprocess.run([harness.binary(), "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    for documents in overlays.values():
+        for _, container in containers(documents):
+            assert container["image"] in (f"millrace:{version}", f"millrace:{version}-cuda")
+    assert f'org.opencontainers.image.version="{version}"' in (ROOT / "deploy/Containerfile").read_text()
+
+
+def test_secrets_are_there_by_reference(overlays):
+    documents = overlays["pd-operated"]
+    assert not of_kind(documents, "Secret")
+    (gateway,) = [t for t in templates(documents) if t["metadata"]["labels"]["app.kubernetes.io/component"] == "gateway"]
+    _, _, flags = config_of(documents, gateway)
+    secrets = {flag: mounted(gateway, path)["secret"]["secretName"] for flag, path in zip(flags[::2], flags[1::2])}
+    assert secrets == {"--api-keys": "millrace-api-keys", "--tls-cert": "millrace-tls", "--tls-key": "millrace-tls"}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert gateway["spec"]["containers"][0][probe]["httpGet"]["scheme"] == "HTTPS"
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "gpu" in name])
