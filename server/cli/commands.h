@@ -10,6 +10,7 @@ int RunGateway(const GatewayCommandOptions& options, const std::string& effectiv
 int RunWorker(const WorkerCommandOptions& options, const std::string& effective);
 int RunChat(const ChatOptions& options);
 int RunInspect(const InspectOptions& options);
+int RunDoctor(const DoctorOptions& options);
 int RunTransferBench(const TransferBenchOptions& options);
 
 }  // namespace millrace::server

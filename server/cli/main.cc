@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
   WorkerCommandOptions worker;
   ChatOptions chat;
   InspectOptions inspect;
+  DoctorOptions doctor;
   TransferBenchOptions transfer_bench;
   BenchCommandOptions bench;
   CLI::App* const serve_command = AddServe(app, serve);
@@ -24,6 +25,7 @@ int main(int argc, char** argv) {
   CLI::App* const worker_command = AddWorker(app, worker);
   CLI::App* const chat_command = AddChat(app, chat);
   CLI::App* const inspect_command = AddInspect(app, inspect);
+  CLI::App* const doctor_command = AddDoctor(app, doctor);
   CLI::App* const transfer_bench_command = AddTransferBench(app, transfer_bench);
   CLI::App* const bench_command = AddBench(app, bench);
   CLI11_PARSE(app, argc, argv);
@@ -33,6 +35,7 @@ int main(int argc, char** argv) {
   if (worker_command->parsed()) return RunWorker(worker, EffectiveConfiguration(*worker_command));
   if (chat_command->parsed()) return RunChat(chat);
   if (inspect_command->parsed()) return RunInspect(inspect);
+  if (doctor_command->parsed()) return RunDoctor(doctor);
   if (transfer_bench_command->parsed()) return RunTransferBench(transfer_bench);
   if (bench_command->parsed()) {
     std::string command_line = "millrace";

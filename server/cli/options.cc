@@ -265,6 +265,23 @@ CLI::App* AddInspect(CLI::App& app, InspectOptions& options) {
   return command;
 }
 
+CLI::App* AddDoctor(CLI::App& app, DoctorOptions& options) {
+  CLI::App* command = AddCommand(app, "doctor", "Say in plain words whether this machine can serve");
+  command->footer(
+      "Each finding says what was found, why it matters and how to mend it. Exit status 0: this machine can "
+      "serve; 1: a\nproblem is named.");
+  command
+      ->add_option("--require", options.require, "What serving here cannot do without, repeatable: rdma, gpu")
+      ->check(CLI::IsMember({"rdma", "gpu"}));
+  command
+      ->add_option("--memory", options.memory, "Memory that the server will need, e.g. 28GiB; 0 = not known")
+      ->capture_default_str();
+  command->add_option("--listen", options.listen, "host:port that must be free, repeatable");
+  command->add_option("--peer", options.peers, "host:port that must answer, repeatable");
+  command->add_flag("--json", options.json, "Findings as one JSON object");
+  return command;
+}
+
 CLI::App* AddTransferBench(CLI::App& app, TransferBenchOptions& options) {
   CLI::App* command = AddCommand(
       app, "transfer-bench",

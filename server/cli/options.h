@@ -91,6 +91,14 @@ struct InspectOptions {
   std::string model;
 };
 
+struct DoctorOptions {
+  std::vector<std::string> require;  // rdma, gpu
+  std::string memory = "0";
+  std::vector<std::string> listen;
+  std::vector<std::string> peers;
+  bool json = false;
+};
+
 struct TransferBenchOptions {
   LogOptions log{.level = "warn"};
   bool target = false;
@@ -128,6 +136,7 @@ CLI::App* AddGateway(CLI::App& app, GatewayCommandOptions& options);
 CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options);
 CLI::App* AddChat(CLI::App& app, ChatOptions& options);
 CLI::App* AddInspect(CLI::App& app, InspectOptions& options);
+CLI::App* AddDoctor(CLI::App& app, DoctorOptions& options);
 CLI::App* AddTransferBench(CLI::App& app, TransferBenchOptions& options);
 
 // "effective configuration: listen=... threads=..." of a parsed sub-command, for the log.

@@ -2,6 +2,7 @@
 #include <prometheus/exposer.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <span>
@@ -59,6 +60,19 @@ Duration FromSeconds(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
+// A connection takes a file, and the usual soft limit of 1024 is there for programs that use select(): this
+// one takes what the hard limit allows.
+void RaiseFileLimit(int32_t connections_max) {
+  constexpr rlim_t kOthers = 256;  // model, workers, listeners, logs
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+  if (limit.rlim_cur < static_cast<rlim_t>(connections_max) + kOthers)
+    LogWarning("this process may open {} files: fewer than --connections-max {} needs", limit.rlim_cur,
+               connections_max);
+}
+
 GatewayOptions MakeGatewayOptions(const HttpOptions& http, const std::string& effective) {
   GatewayOptions options;
   options.effective = effective;
@@ -102,6 +116,7 @@ StatusOr<std::unique_ptr<prometheus::Exposer>> ExposeMetrics(const std::string& 
 Status Serve(const ServeOptions& options, const std::string& effective) {
   MR_RETURN_IF_ERROR(ConfigureLog(options.log));
   LogInfo("{}", effective);
+  RaiseFileLimit(options.http.connections_max);
   Signals signals;
   Metrics metrics;
   MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
@@ -139,6 +154,7 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
 Status ServeGateway(const GatewayCommandOptions& options, const std::string& effective) {
   MR_RETURN_IF_ERROR(ConfigureLog(options.log));
   LogInfo("{}", effective);
+  RaiseFileLimit(options.http.connections_max);
   Signals signals;
   Metrics metrics;
   MR_ASSIGN_OR_RETURN(const ModelInfo info, DescribeModel(options.model, options.model_name));

@@ -126,6 +126,8 @@ net::awaitable<HttpConnection::ReadOutcome> HttpConnection::Read(const Gate& gat
     error = body_error;
   }
   request_ = parser.release();
+  // An answer may take minutes and a kept connection longer: neither needs the room that reading took.
+  buffer_.shrink_to_fit();
   if (!error && !limit.expired()) co_return ReadOutcome::kRequest;
   keep_alive_ = false;
   linger_ = ClassifyReadError(error, limit.expired());

@@ -25,6 +25,7 @@ class Outcome:
     def __init__(self):
         self.recovery_ms = []  # None: not before the heal
         self.calm_ms = []      # the same measure over the moment before the fault, of all rails: what the machine does by itself
+        self.stall_ms = []     # the longest stretch of the outage with less than a quarter of the survivors' rate
         self.lost_ms = []      # of the survivors' rate, within the outage
         self.back_s = []       # on the healed rail
         self.during = []       # goodput over the survivors' limit, over the whole outage
@@ -77,15 +78,16 @@ def run_trials(rails, limits, kind, trials, log_dir, outcome, rows):
         outcome.recovery_ms.append(None if seconds is None else seconds * 1e3)
         seconds = timeline.recovery(row, start - CALM, start, 0.9 * sum(limits.values()))
         outcome.calm_ms.append(CALM * 1e3 if seconds is None else seconds * 1e3)
+        outcome.stall_ms.append(timeline.stall(row, start, until, survivors / 4) * 1e3)
         outcome.lost_ms.append(timeline.lost_seconds(row, start, until, survivors) * 1e3)
         outcome.during.append(timeline.goodput(row, start, until) / survivors)
         healed_at = done[-1]["ended_seconds"] if kind != "reset" else done[0]["ended_seconds"]
         outcome.back_s.append(timeline.back_on_rail(row, rails.index(row, rail), healed_at, next_fault, 0.8 * limits[rail]))
 
 
-def run_restarts(rails, limits, trials, log_dir, outcome, rows, period=3.0):
-    """The target is killed, every `period` seconds, and another process takes its place. `back_s` counts from the moment it listens."""
-    listening = []
+def run_restarts(rails, limits, trials, log_dir, outcome, rows, period=6.0):
+    """The target is killed, every `period` seconds, and another process takes its place. A peer is lost 3 s after its process died;
+    recovery is from there until the new one is found, `back_s` until goodput is back."""
     began = pathlib.Path(log_dir) / f"began-{time.monotonic_ns()}"
     target = Target(rails, log_dir, "target-0")
     port = target.address.rsplit(":", 1)[1]
@@ -108,7 +110,6 @@ def run_restarts(rails, limits, trials, log_dir, outcome, rows, period=3.0):
             current.process.popen.wait()
             time.sleep(0.3)
             current = Target(rails, log_dir, f"target-{trial + 1}", port=port)
-            listening.append(time.monotonic())
         thread.join()
     finally:
         current.process.kill()
@@ -136,14 +137,14 @@ def summary(values, form):
 
 def report(kind, outcome):
     print(f"{kind:14} {len(outcome.back_s):>6}  {summary(outcome.recovery_ms, '{:.0f}'):>16} "
-          f"{summary(outcome.calm_ms, '{:.0f}'):>22} {summary(outcome.lost_ms, '{:.0f}'):>14} {summary(outcome.back_s, '{:.2f}'):>14}   "
+          f"{summary(outcome.calm_ms, '{:.0f}'):>22} {summary(outcome.stall_ms, '{:.0f}'):>16} {summary(outcome.lost_ms, '{:.0f}'):>14} {summary(outcome.back_s, '{:.2f}'):>14}   "
           f"{sum(outcome.errors.values())} errors, {outcome.wrong_bytes} of {outcome.checked_bytes / 1e9:.1f} GB wrong, "
           f"{outcome.resent_slices} slices sent again", flush=True)
 
 
 def measure(args, log_dir):
     rows = []
-    print("fault          trials  recovery ms med/max  without a fault med/max  lost ms med/max  back s med/max")
+    print("fault          trials  recovery ms med/max  without a fault med/max  stall ms med/max  lost ms med/max  back s med/max")
     with Rails([RATE_MBIT] * 4) as rails:
         limits = rails.iperf(rails.rails)
         for kind in args.only or [*FAULTS, "peer_restart"]:

@@ -78,6 +78,8 @@ def test_recovery_is_the_end_of_the_stall():
     assert timeline.recovery(row, 0.1, 0.4, 18_000) == pytest.approx(0.06, abs=0.006)
     assert timeline.recovery(row_of(steady + [0] * 60), 0.1, 0.4, 18_000) is None
     assert timeline.lost_seconds(row, 0.1, 0.4, 20_000) == pytest.approx(0.04, abs=0.006)
+    assert timeline.stall(row, 0.1, 0.4, 5_000) == pytest.approx(0.04)
+    assert timeline.stall(row, 0.1, 0.14, 5_000) == pytest.approx(0.02) and timeline.stall(row, 0.2, 0.4, 5_000) == 0
 
 
 def test_back_on_rail_is_when_it_carries_again():

@@ -35,6 +35,17 @@ def lost_seconds(row, start, end, rate):
     return max(0.0, points[-1][0] - points[0][0] - moved / rate)
 
 
+def stall(row, start, end, wanted):
+    """The longest stretch, in seconds, of buckets of [start, end] that each moved less than `wanted` bytes per second."""
+    bucket = row["timeline"]["bucket_ms"] / 1e3
+    longest = length = 0
+    for index, count in enumerate(row["timeline"]["bytes"]):
+        if start <= index * bucket and (index + 1) * bucket <= end:
+            length = length + 1 if count < wanted * bucket else 0
+            longest = max(longest, length)
+    return longest * bucket
+
+
 def goodput(row, start, end):
     points = [p for p in cumulative(row) if start <= p[0] <= end]
     return (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
