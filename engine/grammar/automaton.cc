@@ -130,17 +130,22 @@ class Automaton::Builder {
 
   using Subset = std::vector<int32_t>;
 
-  Subset Close(Subset states) const {
-    std::vector<int32_t> pending = states;
-    std::set<int32_t> seen(states.begin(), states.end());
-    while (!pending.empty()) {
-      const int32_t state = pending.back();
-      pending.pop_back();
-      for (const int32_t next : nfa_[static_cast<size_t>(state)].empty) {
-        if (seen.insert(next).second) pending.push_back(next);
-      }
+  // What is reached from `states` without a letter, sorted.
+  Subset Close(const Subset& states) {
+    Subset all;
+    ++round_;
+    marks_.resize(nfa_.size());
+    const auto add = [&](int32_t state) {
+      uint32_t& mark = marks_[static_cast<size_t>(state)];
+      if (mark != round_) all.push_back(state);
+      mark = round_;
+    };
+    for (const int32_t state : states) add(state);
+    for (size_t i = 0; i < all.size(); ++i) {
+      for (const int32_t next : nfa_[static_cast<size_t>(all[i])].empty) add(next);
     }
-    return {seen.begin(), seen.end()};
+    std::sort(all.begin(), all.end());
+    return all;
   }
 
   Status BuildRule(int32_t rule, std::vector<std::vector<std::pair<int32_t, State>>>* calls) {
@@ -163,27 +168,36 @@ class Automaton::Builder {
       StateInfo& info = out_.states_.emplace_back();
       info.rule = rule;
       info.ends = std::binary_search(subset.begin(), subset.end(), end);
-      std::vector<Subset> targets(out_.num_classes_);
+      std::vector<std::pair<std::pair<uint8_t, uint8_t>, int32_t>> edges;  // classes first to last, target
       std::map<int32_t, Subset> called;
       for (const int32_t state : subset) {
         const NfaState& from = nfa_[static_cast<size_t>(state)];
-        for (const auto& [range, to] : from.bytes) {
-          for (size_t c = out_.class_of_[range.first]; c <= out_.class_of_[range.second]; ++c)
-            targets[c].push_back(to);
-        }
+        for (const auto& [range, to] : from.bytes)
+          edges.push_back({{out_.class_of_[range.first], out_.class_of_[range.second]}, to});
         for (const auto& [callee, to] : from.calls) called[callee].push_back(to);
       }
-      for (Subset& target : targets)
-        out_.next_.push_back(target.empty() ? kDead : intern(Close(std::move(target))));
+      Subset target, before;
+      for (size_t c = 0; c < out_.num_classes_; ++c) {
+        target.clear();
+        for (const auto& [classes, to] : edges) {
+          if (classes.first <= c && c <= classes.second) target.push_back(to);
+        }
+        // Neighbours mostly go the same way.
+        const bool same = c > 0 && target == before;
+        out_.next_.push_back(same ? out_.next_.back() : target.empty() ? kDead : intern(Close(target)));
+        before.swap(target);
+      }
       auto& state_calls = calls->emplace_back();
-      for (auto& [callee, back] : called) state_calls.emplace_back(callee, intern(Close(std::move(back))));
+      for (const auto& [callee, back] : called) state_calls.emplace_back(callee, intern(Close(back)));
     }
     return OkStatus();
   }
 
   const Grammar& grammar_;
   Automaton& out_;
-  std::vector<NfaState> nfa_;  // of the current rule
+  std::vector<NfaState> nfa_;    // of the current rule
+  std::vector<uint32_t> marks_;  // per NFA state: the last Close that met it
+  uint32_t round_ = 0;
 };
 
 StatusOr<std::unique_ptr<const Automaton>> Automaton::Build(const Grammar& grammar) {

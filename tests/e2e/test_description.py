@@ -98,9 +98,11 @@ def damaged(data, body):
 
 
 def short(path, body):
-    """Keeps what is asked for small, and of the one model: this is not about speed."""
+    """Keeps what is asked for small, of the one model and not in a hurry: this is not about speed."""
     if isinstance(body, dict) and isinstance(body.get("model"), str):
         del body["model"]
+    if isinstance(body, dict) and isinstance(body.get("timeout"), float) and 0 < body["timeout"] < 60:
+        body["timeout"] = 60
     if path.startswith("/v1/") and isinstance(body, dict):
         key = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
         for name in (key, "max_completion_tokens", "min_tokens", "n"):
