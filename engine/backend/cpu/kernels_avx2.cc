@@ -10,11 +10,13 @@ constexpr bool kTransposeInRegisters = false;
 
 #include "engine/backend/cpu/gemm_int.h"
 #include "engine/backend/cpu/kernels_impl.h"
+#include "engine/backend/cpu/pack_group.h"
 
 namespace millrace::engine {
 
 const KernelTable& Avx2Kernels() {
-  static constexpr KernelTable table = kernels_avx2::MakeTable("avx2", GemmInt8Avx2, GemmInt4Avx2);
+  static constexpr KernelTable table =
+      kernels_avx2::MakeTable("avx2", GemmInt8Avx2, GemmInt4Avx2, PackInt8Avx2, PackInt4Avx2);
   return table;
 }
 

@@ -10,11 +10,13 @@ constexpr bool kTransposeInRegisters = true;
 
 #include "engine/backend/cpu/gemm_int.h"
 #include "engine/backend/cpu/kernels_impl.h"
+#include "engine/backend/cpu/pack_group.h"
 
 namespace millrace::engine {
 
 const KernelTable& Avx512Kernels() {
-  static constexpr KernelTable table = kernels_avx512::MakeTable("avx512", GemmInt8Avx512, GemmInt4Avx512);
+  static constexpr KernelTable table =
+      kernels_avx512::MakeTable("avx512", GemmInt8Avx512, GemmInt4Avx512, PackInt8Avx512, PackInt4Avx512);
   return table;
 }
 

@@ -181,8 +181,9 @@ inline void SwiGlu(const float* gate_up, int32_t count, float* out) {
   }
 }
 
+using Pack = void(const float* const* rows, char* codes, uint16_t* scales);
 inline constexpr KernelTable MakeTable(const char* name, void (*int8)(const GemmArgs&),
-                                       void (*int4)(const GemmArgs&)) {
+                                       void (*int4)(const GemmArgs&), Pack* pack_int8, Pack* pack_int4) {
   return {name,
           {Gemm<float>, Gemm<uint16_t>, int8, int4},
           Attend<uint16_t>,
@@ -190,7 +191,9 @@ inline constexpr KernelTable MakeTable(const char* name, void (*int8)(const Gemm
           MergePartials,
           RmsNorm,
           Quantize,
-          SwiGlu};
+          SwiGlu,
+          pack_int8,
+          pack_int4};
 }
 
 }  // namespace millrace::engine::MILLRACE_KERNEL_NAMESPACE
