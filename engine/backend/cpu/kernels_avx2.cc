@@ -8,6 +8,9 @@ constexpr int kAttendVectors = 2;
 constexpr bool kTransposeInRegisters = false;
 }  // namespace millrace::engine::kernels_avx2
 
+#include "engine/backend/cpu/load_bf16.h"
+
+// Wants Load of bf16.
 #include "engine/backend/cpu/gemm_int.h"
 #include "engine/backend/cpu/kernels_impl.h"
 #include "engine/backend/cpu/pack_group.h"

@@ -35,12 +35,6 @@ MILLRACE_INLINE V16 Load(const float* p) {
   return v;
 }
 
-MILLRACE_INLINE V16 Load(const uint16_t* p) {  // bf16
-  U16x16 narrow;
-  std::memcpy(&narrow, p, sizeof(narrow));
-  return Bits<V16>(__builtin_convertvector(narrow, U16x32) << 16);
-}
-
 MILLRACE_INLINE void Store(float* p, const V16& v) { std::memcpy(p, &v, sizeof(v)); }
 
 // The same value, which no compiler may contract with what is done to it next: where a product starts a chain
