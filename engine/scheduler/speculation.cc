@@ -10,7 +10,9 @@ constexpr int32_t kTrialSteps = 16;
 // A probe is short, so that a text can go on being drafted after one, and rare, so that it costs little.
 constexpr int32_t kProbeSteps = 8;
 constexpr int32_t kProbeEvery = 512;
-constexpr int32_t kProbeEveryMax = 16 * kProbeEvery;
+constexpr int32_t kProbeEveryMax = 4 * kProbeEvery;
+constexpr double kLongest =
+    3;  // times the mean: what a step counts at most, since it may have been interrupted
 constexpr int64_t kRecentUses = 512;
 
 }  // namespace
@@ -37,8 +39,6 @@ bool SpeculationGauge::Use(int32_t num_decoding) {
   if (++bucket.since_probe < std::max(bucket.probe_every, kProbeEvery)) return bucket.better;
   bucket.since_probe = 0;
   bucket.probe_left = kProbeSteps;
-  Measured& other = bucket.of(!bucket.better);  // what it was long ago does not count
-  other.tokens = other.seconds = 0;
   return !bucket.better;
 }
 
@@ -49,8 +49,11 @@ void SpeculationGauge::OnStep(int32_t num_sequences, int32_t num_drafts, bool dr
   Bucket& bucket = buckets_[BucketOf(num_sequences)];
   Measured& measured = bucket.of(drafting);
   constexpr double kKeep = 0.95;
+  double seconds = Seconds(time);
+  if (measured.weight > 0) seconds = std::min(seconds, kLongest * measured.seconds / measured.weight);
   measured.tokens = kKeep * measured.tokens + num_tokens;
-  measured.seconds = kKeep * measured.seconds + Seconds(time);
+  measured.seconds = kKeep * measured.seconds + seconds;
+  measured.weight = kKeep * measured.weight + 1;
   ++measured.steps;
   if (bucket.probe_left == 0 || drafting == bucket.better || --bucket.probe_left > 0) return;
   const bool changed = (bucket.with.rate() >= bucket.without.rate()) != bucket.better;

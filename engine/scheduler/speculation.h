@@ -26,8 +26,9 @@ class SpeculationGauge {
 
  private:
   struct Measured {
-    double tokens = 0;  // both decay
+    double tokens = 0;  // these decay
     double seconds = 0;
+    double weight = 0;  // of steps
     int32_t steps = 0;
     double rate() const { return seconds > 0 ? tokens / seconds : 0; }
   };
