@@ -52,11 +52,11 @@ llama_model* Load(const char* path, bool repack) {
   llama_model_params params = llama_model_default_params();
   params.repack_tensors = repack;
   if (repack) params.use_mmap = false;
-  return llama_load_model_from_file(path, params);
+  return llama_model_load_from_file(path, params);
 }
 llama_context* MakeContext(llama_model* model, llama_context_params params, bool flash) {
   params.flash_attn = flash;
-  return llama_new_context_with_model(model, params);
+  return llama_init_from_model(model, params);
 }
 void Clear(llama_context* context) { llama_kv_cache_clear(context); }
 int Vocabulary(const llama_model* model) { return llama_n_vocab(model); }
