@@ -38,6 +38,7 @@ void EngineCore::DropPages(Sequence* sequence) {
   sequence->num_computed = 0;
   sequence->num_cached_pages = 0;
   sequence->cached_tail = nullptr;
+  sequence->prefill_begun = false;
   sequence->mtp_begin = -1;
   sequence->mtp_hidden.clear();
   sequence->draft = -1;

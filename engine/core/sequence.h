@@ -47,6 +47,8 @@ struct Sequence {
   uint64_t cache_root = 0;
   std::vector<uint64_t> page_keys;  // of the full pages of `tokens`, as far as asked for
   bool cacheable = false;           // false from a page on whose key another content has
+  bool prefill_begun = false;       // since its pages were handed out
+  bool mtp_fill = false;  // the text before decoding gets the MTP layer's rows; decided when that begins
   // Final hidden states of rows [mtp_begin, num_computed), which the MTP layer has not seen; mtp_begin is -1
   // when rows before are missing: then nothing is drafted until the text is computed again.
   int32_t mtp_begin = -1;

@@ -50,6 +50,10 @@ void EngineCore::AddRun(Sequence* sequence, int32_t num_tokens) {
   segment.exported = sequence->prefill_sink != nullptr && !sequence->ticket_released;
   runs_.push_back(sequence);
   if (!has_mtp_ || sequence->is_decoding()) return;
+  // A prefill's receiver decides for itself whether it drafts.
+  if (!sequence->prefill_begun) sequence->mtp_fill = sequence->prefill_sink != nullptr || speculation_.Fill();
+  sequence->prefill_begun = true;
+  if (!sequence->mtp_fill) return;
   // The MTP layer's rows of a prompt are computed along with it, but for the last: nobody knows what follows.
   if (next_tokens_.size() < runs_.size()) next_tokens_.resize(runs_.size());
   std::vector<int32_t>& next = next_tokens_[runs_.size() - 1];
@@ -62,7 +66,7 @@ void EngineCore::AddRun(Sequence* sequence, int32_t num_tokens) {
 // `row` is the final hidden state of the last computed row, or empty.
 void EngineCore::KeepHidden(Sequence* sequence, std::span<const float> row) {
   if (!has_mtp_ || row.empty()) return;
-  if (sequence->num_computed == sequence->num_prefill && sequence->mtp_begin < 0) {
+  if (sequence->mtp_fill && sequence->num_computed == sequence->num_prefill && sequence->mtp_begin < 0) {
     sequence->mtp_begin = sequence->num_computed - 1;  // the prompt's rows before are computed
   }
   if (sequence->mtp_begin < 0) return;

@@ -81,7 +81,8 @@ void AddModel(CLI::App* command, ModelOptions& model) {
       ->capture_default_str();
   command->add_option("--weight-cache", model.weight_cache,
                       "Directory that keeps packed weights for the next start (default: none)");
-  command->add_option("--isa", model.isa, "Kernels: auto, portable, avx2 or avx512")->capture_default_str();
+  command->add_option("--isa", model.isa, "Kernels: auto, portable, avx2, avx512 or amx")
+      ->capture_default_str();
   command->add_option("--threads", model.threads, "Compute threads per engine; 0 = every processor")
       ->capture_default_str();
   command->add_option("--kv-memory", model.kv_memory, "Memory for KV pages per engine, e.g. 512MiB or 8GiB")

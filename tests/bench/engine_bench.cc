@@ -6,11 +6,11 @@
 // Every figure is the median of its repeats, with the smallest and largest beside it. GB/s counts the weights
 // that a step has to read (each chosen expert once; counted from the step's own routing) and the KV that it
 // attends to; GOP/s counts two operations per weight and token. Both are also given as a share of what this
-// machine was measured to do in the same process (machine_limits.h). With --realtime the timed threads run
-// under SCHED_FIFO.
+// machine was measured to do in the same process (machine_limits.h). --cpu-time is for a machine with other
+// load: it counts the processor time of one compute thread.
 
 #include <fmt/format.h>
-#include <sched.h>
+#include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -40,7 +40,7 @@ struct Options {
   int repeats = 5;  // of a prefill
   int steps = 24;   // of a decode
   double kv_gib = 1;
-  bool realtime = false;
+  bool cpu_time = false;
   std::string json;
 };
 
@@ -48,10 +48,18 @@ double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+double CpuSeconds() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 // Sizes of one step's work, by formula.
 class Work {
  public:
-  Work(const ModelConfig& config, double bits) : c_(config), bytes_(bits / 8) {}
+  // Bits per weight of the matrices, and of the head.
+  Work(const ModelConfig& config, double bits, double head_bits)
+      : c_(config), bytes_(bits / 8), head_bytes_(head_bits / 8) {}
 
   double expert() const { return 3.0 * c_.hidden_size * c_.moe_intermediate_size; }
   double head() const { return double{1} * c_.hidden_size * c_.vocab_size; }
@@ -73,13 +81,14 @@ class Work {
   }
   // `experts`: distinct (layer, expert) pairs of the step; `keys`: attended by all of its tokens together.
   double step_bytes(double experts, double keys) const {
-    return bytes_ * (common() + head() + experts * expert()) + router_bytes() +
+    return bytes_ * (common() + experts * expert()) + head_bytes_ * head() + router_bytes() +
            keys * 4.0 * c_.kv_size() * c_.num_layers;
   }
 
  private:
   const ModelConfig c_;
   const double bytes_;
+  const double head_bytes_;
 };
 
 struct Spread {
@@ -93,7 +102,10 @@ Spread SpreadOf(std::vector<double> values) {
 class Bench {
  public:
   Bench(const Options& options, std::shared_ptr<const Weights> weights, double bits)
-      : options_(options), weights_(std::move(weights)), work_(weights_->config(), bits), bits_(bits) {}
+      : options_(options),
+        weights_(std::move(weights)),
+        work_(weights_->config(), bits, std::max(bits, options.quantize == "none" ? 16 : 8.25)),
+        bits_(bits) {}
 
   Status Run(int threads) {
     limits_ = bench::MeasureLimits(threads);
@@ -143,9 +155,10 @@ class Bench {
 
   StatusOr<double> Step(const Batch& batch) {
     chosen_.clear();
-    const double begin = Now();
+    const auto clock = options_.cpu_time ? CpuSeconds : Now;
+    const double begin = clock();
     MR_ASSIGN_OR_RETURN(const StepOutput output, backend_->Forward(batch, {}));
-    const double seconds = Now() - begin;
+    const double seconds = clock() - begin;
     if (output.logits.empty() || !(output.logits[0] == output.logits[0]))
       return Internal("logits are not numbers");
     return seconds;
@@ -255,14 +268,15 @@ Status RunBench(const Options& options) {
   MR_ASSIGN_OR_RETURN(load.quantization, ParseQuantization(options.quantize));
   const double begin = Now();
   MR_ASSIGN_OR_RETURN(std::shared_ptr<const Weights> weights, LoadCpuWeights(RandomTensors(7), config, load));
-  fmt::print("{} {}: {:.2f} GB packed in {:.1f} s\n", options.shape, options.quantize,
-             static_cast<double>(weights->bytes()) / 1e9, Now() - begin);
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  fmt::print("{} {}: {:.2f} GB packed in {:.1f} s, at most {:.2f} GB resident\n", options.shape,
+             options.quantize, static_cast<double>(weights->bytes()) / 1e9, Now() - begin,
+             static_cast<double>(usage.ru_maxrss) * 1024 / 1e9);
   const double bits = options.quantize == "int8" ? 8.25 : options.quantize == "int4" ? 4.25 : 16;
-  if (options.realtime) {
-    sched_param parameter{};
-    parameter.sched_priority = 10;
-    if (sched_setscheduler(0, SCHED_FIFO, &parameter) != 0)
-      return PermissionDenied("--realtime: SCHED_FIFO is refused");
+  if (options.cpu_time && options.threads != std::vector<int>{1}) {
+    return InvalidArgument(
+        "--cpu-time: with several threads, waiting for each other would count; use --threads 1");
   }
   fmt::print(
       "phase     size context   tokens/s  (lowest to highest)       ms    GB/s   share    GOP/s  share\n");
@@ -282,7 +296,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--layers", options.layers, "Keep only this many layers; 0 = all")->capture_default_str();
   app.add_option("--quantize", options.quantize, "none (bfloat16), int8 or int4")->capture_default_str();
-  app.add_option("--isa", options.isa, "auto, portable, avx2 or avx512")->capture_default_str();
+  app.add_option("--isa", options.isa, "auto, portable, avx2, avx512 or amx")->capture_default_str();
   app.add_option("--threads", options.threads, "Compute threads")->delimiter(',')->capture_default_str();
   app.add_option("--prefill", options.prefill, "Prompt lengths, one chunk each")
       ->delimiter(',')
@@ -296,7 +310,8 @@ int main(int argc, char** argv) {
   app.add_option("--repeats", options.repeats, "Timed runs of a prefill")->capture_default_str();
   app.add_option("--steps", options.steps, "Timed steps of a decode")->capture_default_str();
   app.add_option("--kv-gib", options.kv_gib, "Memory for KV pages")->capture_default_str();
-  app.add_flag("--realtime", options.realtime, "Time under SCHED_FIFO, for a machine with other load");
+  app.add_flag("--cpu-time", options.cpu_time,
+               "Count processor time; for a machine with other load, with --threads 1");
   app.add_option("--json", options.json, "Also write the rows here");
   CLI11_PARSE(app, argc, argv);
   const millrace::Status status = millrace::engine::RunBench(options);

@@ -24,7 +24,18 @@ std::vector<const KernelTable*> Tables() {
   std::vector<const KernelTable*> tables = {&PortableKernels()};
   if (GetCpuFeatures().avx2_fma) tables.push_back(&Avx2Kernels());
   if (GetCpuFeatures().avx512_vnni) tables.push_back(&Avx512Kernels());
+  if (GetCpuFeatures().avx512_vnni && GetCpuFeatures().amx_int8 && AskForAmx())
+    tables.push_back(&AmxKernels());
   return tables;
+}
+
+TEST(Tables, NamesThoseThatCannotRunHere) {
+  const CpuFeatures& cpu = GetCpuFeatures();
+  if (!cpu.avx2_fma || !cpu.avx512_vnni || !cpu.amx_int8) {
+    GTEST_SKIP() << "not run by the tests below:" << (cpu.avx2_fma ? "" : " avx2")
+                 << (cpu.avx512_vnni ? "" : " avx512") << (cpu.amx_int8 ? "" : " amx")
+                 << ", which this processor does not have";
+  }
 }
 
 std::vector<float> Noise(size_t count, uint64_t seed, float scale = 1) {
@@ -60,11 +71,12 @@ double WeightAt(const PackedMatrix& w, int32_t row, int32_t col) {
 }
 
 struct Packed {
-  Packed(WeightFormat format, int32_t rows, int32_t cols, const std::vector<float>& values)
+  Packed(WeightFormat format, int32_t rows, int32_t cols, const std::vector<float>& values,
+         const KernelTable& kernels = PortableKernels())
       : matrix(MakePackedMatrix(format, rows, cols)), memory(PackedBytes(matrix)) {
     std::memset(memory.data(), 0xa5, memory.size());
     matrix.data = reinterpret_cast<const char*>(memory.data());
-    PackRows(matrix, memory.data(), 0, values);
+    PackRows(kernels, matrix, memory.data(), 0, values);
   }
   PackedMatrix matrix;
   AlignedBytes memory;
@@ -173,9 +185,7 @@ TEST_P(Products, EqualPlainSumsOnEverySetAndInEveryTile) {
       by_table.push_back(whole);
     }
     // The sets with fused multiply-add agree to the bit.
-    if (by_table.size() == 3) {
-      EXPECT_EQ(by_table[1], by_table[2]);
-    }
+    for (size_t table = 2; table < by_table.size(); ++table) EXPECT_EQ(by_table[1], by_table[table]);
   }
 }
 
@@ -226,6 +236,25 @@ TEST(Packing, Int4ChoosesAScaleNoWorseThanTheLargestValue) {
   EXPECT_LT(error, plain_error * 1.005);
   EXPECT_LT(std::sqrt(error / static_cast<double>(values.size())),
             0.04);  // uniform in [-1, 1]: a step is 1/8
+}
+
+// The largest value, zeros, and what no integer can stand for included.
+TEST(Packing, EverySetMakesTheSameBytes) {
+  for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    std::vector<float> values = Noise(50 * 333, 6, 0.02f);
+    for (size_t i = 0; i < 333; ++i) values[i] *= 1e-42f;
+    values[400] = 3e38f;
+    values[500] = -values[333];
+    values[700] = kPoison;
+    values[1000] = std::numeric_limits<float>::infinity();
+    std::fill_n(values.begin() + 1332, 333, 0.0f);
+    const Packed plain(format, 50, 333, values);
+    for (const KernelTable* table : Tables()) {
+      const Packed packed(format, 50, 333, values, *table);
+      EXPECT_EQ(std::memcmp(packed.memory.data(), plain.memory.data(), PackedBytes(plain.matrix)), 0)
+          << table->name;
+    }
+  }
 }
 
 TEST(Packing, KeepsZerosAndSurvivesStrangeValues) {

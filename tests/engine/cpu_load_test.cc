@@ -4,8 +4,12 @@
 
 #include <algorithm>
 #include <fstream>
+#include <map>
+#include <mutex>
 
+#include "engine/backend/cpu/bfloat16.h"
 #include "engine/backend/cpu/cpu_weights.h"
+#include "engine/model/checkpoint.h"
 #include "tests/bench/random_model.h"
 #include "tests/engine/tiny_model.h"
 
@@ -128,6 +132,88 @@ TEST(Load, FirstErrorNamesTheTensorAndStops) {
   const auto weights = LoadCpuWeights(Failing(), Small(), {});
   ASSERT_EQ(weights.status().code(), absl::StatusCode::kDataLoss);
   EXPECT_NE(Message(weights.status()).find("experts.3.up_proj"), std::string_view::npos);
+}
+
+// Remembers which tensors a load asks for, and their shapes.
+class RecordingTensors : public RandomTensors {
+ public:
+  RecordingTensors() : RandomTensors(5) {}
+  Status ReadRows(const std::string& name, int64_t row, int64_t rows, std::span<float> out) const override {
+    const std::lock_guard lock(mutex);
+    auto& [all_rows, cols] = shapes[name];
+    all_rows = std::max(all_rows, row + rows);
+    cols = static_cast<int64_t>(out.size()) / rows;
+    return RandomTensors::ReadRows(name, row, rows, out);
+  }
+  mutable std::mutex mutex;
+  mutable std::map<std::string, std::pair<int64_t, int64_t>> shapes;  // rows, columns
+};
+
+// A file that holds those tensors in bf16, written row block by row block.
+void WriteCheckpoint(const std::string& path, const RecordingTensors& source) {
+  Json header;
+  int64_t offset = 0;
+  for (const auto& [name, shape] : source.shapes) {
+    const auto [rows, cols] = shape;
+    header[name] = {{"dtype", "BF16"},
+                    {"shape", rows == 1 ? Json{cols} : Json{rows, cols}},
+                    {"data_offsets", {offset, offset + 2 * rows * cols}}};
+    offset += 2 * rows * cols;
+  }
+  std::ofstream file(path, std::ios::binary);
+  file << WithHeader(DumpJson(header), "");
+  for (const auto& [name, shape] : source.shapes) {
+    const auto [rows, cols] = shape;
+    for (int64_t row = 0; row < rows; row += 256) {
+      const int64_t count = std::min<int64_t>(256, rows - row);
+      std::vector<float> values(static_cast<size_t>(count * cols));
+      ASSERT_EQ(source.RandomTensors::ReadRows(name, row, count, values), OkStatus());
+      std::vector<uint16_t> narrow(values.size());
+      std::transform(values.begin(), values.end(), narrow.begin(), ToBf16);
+      file.write(reinterpret_cast<const char*>(narrow.data()), static_cast<int64_t>(narrow.size() * 2));
+    }
+  }
+}
+
+// This process's largest resident set since the last ResetPeak, file pages included.
+int64_t PeakBytes() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("VmHWM:")) return std::stoll(line.substr(6)) * 1024;
+  }
+  return -1;
+}
+bool ResetPeak() {
+  std::ofstream refs("/proc/self/clear_refs");
+  refs << "5" << std::flush;
+  return refs.good();
+}
+
+TEST(Load, HoldsLittleBesideThePackedWeights) {
+#ifdef MILLRACE_SANITIZED
+  GTEST_SKIP() << "a sanitizer's own memory is part of the resident set";
+#endif
+  const TempDirectory directory;
+  const ModelConfig config = *ShapeNamed("ling-bench-s", 0);
+  {
+    const RecordingTensors source;
+    ASSERT_TRUE(LoadCpuWeights(source, config, {}).ok());
+    WriteCheckpoint(directory.path() + "/model.safetensors", source);
+  }
+  const auto checkpoint = Checkpoint::Open(directory.path());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_GT((*checkpoint)->total_bytes(), int64_t{160} << 20);
+  CpuWeightsOptions options;
+  options.quantization = Quantization::kInt4;
+  if (!ResetPeak()) GTEST_SKIP() << "/proc/self/clear_refs cannot be written here";
+  const int64_t before = PeakBytes();
+  const auto weights = LoadCpuWeights(**checkpoint, config, options);
+  ASSERT_TRUE(weights.ok()) << weights.status();
+  const int64_t beside = PeakBytes() - before - static_cast<int64_t>((*weights)->bytes());
+  // A few MiB per thread, and the huge pages' rounding. The file, 3 times the packed weights, was read on the
+  // way and left again.
+  EXPECT_LT(beside, int64_t{48} << 20) << "of a file of " << (*checkpoint)->total_bytes();
+  RecordProperty("beside_mib", static_cast<int>(beside >> 20));
 }
 
 }  // namespace

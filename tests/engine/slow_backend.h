@@ -1,6 +1,8 @@
 #pragma once
 // The fake backend on a fake clock that its tokens move.
 
+#include <algorithm>
+
 #include "tests/engine/fake_backend.h"
 
 namespace millrace::engine {
@@ -18,6 +20,7 @@ class SlowBackend final : public Backend {
   StatusOr<StepOutput> Forward(const Batch& batch, const LayerDone& layer_done) override {
     for (const Segment& segment : batch.segments) {
       clock_->Advance(per_token_ * static_cast<int64_t>(segment.tokens.size()));
+      mtp_rows_ += std::ranges::count_if(segment.next_tokens, [](int32_t token) { return token >= 0; });
     }
     return fake_.Forward(batch, layer_done);
   }
@@ -25,8 +28,11 @@ class SlowBackend final : public Backend {
   StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments) override {
     return fake_.ForwardMtp(segments);
   }
+  // Of prompts: what Forward was asked to compute of the MTP layer.
+  int64_t mtp_rows() const { return mtp_rows_; }
 
  private:
+  int64_t mtp_rows_ = 0;
   FakeBackend fake_;
   FakeClock* const clock_;
   const Duration per_token_;

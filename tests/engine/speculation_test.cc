@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "engine/core/engine_core.h"
+#include "tests/engine/slow_backend.h"
 #include "tests/engine/test_engine.h"
 
 namespace millrace::engine {
@@ -147,6 +149,72 @@ TEST(SpeculationGauge, TakesTheFasterWayAndLooksAgain) {
     run(2000);
     EXPECT_EQ(drafted > 1000, !drafts_pay) << drafted;
   }
+}
+
+// While drafts do not pay, prompts do without the MTP layer's rows, but for those that come when it is time
+// to look again.
+TEST(Speculation, CostsPromptsNothingWhileItDoesNotPay) {
+  FakeClock clock;
+  SlowBackend backend(30, &clock, milliseconds(1));  // a draft costs as much as a token
+  EngineOptions options = Speculating();
+  options.clock = &clock;
+  options.prefix_cache = false;
+  EngineCore core(options, &backend);
+  constexpr int kRequests = 40, kPrompt = 100, kAnswer = 60;
+  int filled = 0;
+  for (RequestId id = 1; id <= kRequests; ++id) {
+    const int64_t before = backend.mtp_rows();
+    const EngineRequest request = Request(id, kPrompt, kAnswer);
+    const auto recording = std::make_shared<Recording>();
+    core.Submit(SequenceRole::kGenerate, request, std::make_unique<RecordingSink>(recording), nullptr);
+    while (core.Prepare()) ASSERT_EQ(core.Run(), OkStatus());
+    ExpectAnswer(request, *recording);
+    const int64_t rows = backend.mtp_rows() - before;
+    EXPECT_TRUE(rows == 0 || rows == kPrompt - 1) << rows;
+    filled += rows > 0 ? 1 : 0;
+    if (id == 1) {
+      EXPECT_GT(rows, 0) << "nobody knows yet";
+    }
+  }
+  // 40 answers are 2,400 steps: two probes, each in the first prompt after it is due.
+  EXPECT_GE(filled, 2);
+  EXPECT_LE(filled, 6);
+}
+
+TEST(SpeculationGauge, IsNotMisledByAnInterruptedStep) {
+  SpeculationGauge gauge;
+  int drafted = 0;
+  for (int step = 0; step < 2'000; ++step) {
+    const bool use = gauge.Use(1);
+    drafted += use;
+    // Drafts cost more than they bring, but now and then a step without them waits for something else.
+    gauge.OnStep(1, use ? 1 : 0, use, use ? 2 : 1, milliseconds(use ? 25 : step % 25 == 7 ? 1'000 : 10));
+  }
+  EXPECT_LE(drafted, 100);
+}
+
+TEST(SpeculationGauge, FillsPromptsWhileItTriesProbesOrDrafts) {
+  SpeculationGauge gauge;
+  EXPECT_TRUE(gauge.Fill());
+  bool fill = true;  // of the text that decodes
+  int filled = 0, drafted = 0;
+  const auto run = [&](int steps, bool pay) {
+    filled = drafted = 0;
+    for (int step = 0; step < steps; ++step) {
+      if (step % 50 == 0) filled += fill = gauge.Fill();
+      const bool use = gauge.Use(1);
+      const int drafts = use && fill ? 1 : 0;
+      drafted += drafts;
+      gauge.OnStep(1, drafts, use, 1 + drafts, milliseconds(drafts == 0 ? 10 : pay ? 12 : 30));
+    }
+  };
+  run(20'000, false);
+  EXPECT_LE(filled, 24) << "of 400";
+  EXPECT_LE(drafted, 160);
+  run(20'000, true);
+  run(2'000, true);
+  EXPECT_EQ(filled, 40);
+  EXPECT_GT(drafted, 1'900);
 }
 
 }  // namespace

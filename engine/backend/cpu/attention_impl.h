@@ -9,40 +9,6 @@ namespace millrace::engine::MILLRACE_KERNEL_NAMESPACE {
 
 constexpr int32_t kPageKeys = 64;
 
-#define MILLRACE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-
-// 16 x 16 in registers: pairs, then quads, then 128-bit quarters of rows 4 and 8 apart.
-MILLRACE_INLINE void Transpose16(V16 (&r)[16]) {
-  V16 t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = MILLRACE_SHUFFLE(r[i], r[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    t[i + 1] = MILLRACE_SHUFFLE(r[i], r[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int h = 0; h < 2; ++h) {
-      const V16 a = t[i + h];
-      const V16 b = t[i + h + 2];
-      r[i + 2 * h] = MILLRACE_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      r[i + 2 * h + 1] = MILLRACE_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    for (int h = 0; h < 2; ++h) {
-      const V16 a = r[8 * h + i];
-      const V16 b = r[8 * h + i + 4];
-      t[8 * h + i] = MILLRACE_SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-      t[8 * h + i + 4] = MILLRACE_SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-  }
-  for (int i = 0; i < 8; ++i) {
-    const V16 a = t[i];
-    const V16 b = t[i + 8];
-    r[i] = MILLRACE_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    r[i + 8] = MILLRACE_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-}
-#undef MILLRACE_SHUFFLE
-
 MILLRACE_INLINE float Widen(float x) { return x; }
 MILLRACE_INLINE float Widen(uint16_t x) { return Bits<float>(static_cast<uint32_t>(x) << 16); }
 

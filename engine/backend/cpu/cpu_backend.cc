@@ -352,20 +352,30 @@ StatusOr<const KernelTable*> ChooseKernels(Isa isa) {
     case Isa::kAvx512:
       if (!cpu.avx512_vnni) return InvalidArgument("this processor has no AVX-512 (F, BW, VL, DQ, VNNI)");
       return &Avx512Kernels();
+    case Isa::kAmx:
+      if (!cpu.avx512_vnni || !cpu.amx_int8) return InvalidArgument("this processor has no AMX with int8");
+      if (!AskForAmx()) return InvalidArgument("the operating system refuses AMX");
+      return &AmxKernels();
     case Isa::kAuto:
       break;
   }
-  return cpu.avx512_vnni ? &Avx512Kernels() : cpu.avx2_fma ? &Avx2Kernels() : &PortableKernels();
+  return &BestKernels();
 }
 
 }  // namespace
+
+const KernelTable& BestKernels() {
+  const CpuFeatures& cpu = GetCpuFeatures();
+  return cpu.avx512_vnni ? Avx512Kernels() : cpu.avx2_fma ? Avx2Kernels() : PortableKernels();
+}
 
 StatusOr<Isa> ParseIsa(const std::string& name) {
   if (name == "auto") return Isa::kAuto;
   if (name == "portable") return Isa::kPortable;
   if (name == "avx2") return Isa::kAvx2;
   if (name == "avx512") return Isa::kAvx512;
-  return InvalidArgument("isa '{}' is not one of auto, portable, avx2, avx512", name);
+  if (name == "amx") return Isa::kAmx;
+  return InvalidArgument("isa '{}' is not one of auto, portable, avx2, avx512, amx", name);
 }
 
 StatusOr<Precision> ParsePrecision(const std::string& name) {

@@ -11,8 +11,8 @@
 
 namespace millrace::engine {
 
-enum class Isa { kAuto, kPortable, kAvx2, kAvx512 };
-StatusOr<Isa> ParseIsa(const std::string& name);  // "auto", "portable", "avx2", "avx512"
+enum class Isa { kAuto, kPortable, kAvx2, kAvx512, kAmx };
+StatusOr<Isa> ParseIsa(const std::string& name);  // "auto", "portable", "avx2", "avx512", "amx"
 
 // kFloat32: weights and KV in fp32 (FP8 dequantised exactly): for tests and small models. kBfloat16: weights
 // and KV in bf16. Activations and sums are fp32 in both.
@@ -20,9 +20,9 @@ enum class Precision { kFloat32, kBfloat16 };
 StatusOr<Precision> ParsePrecision(const std::string& name);  // "float32", "bfloat16"
 
 // What the matrices (experts, projections, head) are held in. kNone: as `precision` says. kInt8 and kInt4:
-// integers with a bf16 scale per 64 columns of a row, 8.25 and 4.25 bits per weight, made at load from
-// whatever is stored; activations are then rounded to 8 bits per 64 values in front of each product. The
-// router, norms and the embedding are never quantised.
+// integers with a bf16 scale per 64 columns of a row, 8.25 and 4.25 bits per weight (the head stays at 8.25),
+// made at load from whatever is stored; activations are then rounded to 8 bits per 64 values in front of each
+// product. The router, norms and the embedding are never quantised.
 enum class Quantization { kNone, kInt8, kInt4 };
 StatusOr<Quantization> ParseQuantization(const std::string& name);  // "none", "int8", "int4"
 

@@ -46,10 +46,10 @@ class CpuWeights : public Weights {
 
   ModelConfig config_;
   Precision precision_ = Precision::kBfloat16;
-  WeightFormat format_ = WeightFormat::kBf16;  // of every matrix but the router
+  WeightFormat format_ = WeightFormat::kBf16;  // of every matrix but the router, and the head beside int4
   HugeMemory memory_;                          // every matrix below points into it
   const void* embedding = nullptr;             // [vocab, hidden] bf16 or fp32, not packed
-  PackedMatrix head;                           // [vocab, hidden]; norm_head already applied
+  PackedMatrix head;                           // [vocab, hidden], int8 beside int4; norm_head already applied
   std::vector<float> final_norm;               // [hidden]
   std::vector<LayerWeights> layers;
   std::vector<MtpWeights> mtp;  // none or one

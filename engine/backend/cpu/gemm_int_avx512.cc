@@ -5,18 +5,20 @@
 #include <immintrin.h>
 
 #include "engine/backend/cpu/gemm_int.h"
+#include "engine/backend/cpu/prefetch.h"
 
 namespace millrace::engine {
 namespace {
 
 #define MILLRACE_INLINE inline __attribute__((always_inline))
 
-constexpr int64_t kPrefetchBytes = 4096;  // ahead on each strip; a page of latency at full bandwidth
+constexpr int kTileTokens = 6;  // with two strips, 12 chains of vpdpbusd: they hide its latency of 5
 
 template <int kBits>
 struct Format {
   static constexpr int64_t kGroupBytes = kBits == 8 ? 1024 : 512;
   static constexpr int kOffsetShift = kBits == 8 ? 7 : 3;
+  static constexpr int kPrefetches = kBits == 8 ? 2 : 1;  // calls of Advance per group
 };
 
 MILLRACE_INLINE __m512 LoadScales(const char* at) {
@@ -34,10 +36,36 @@ MILLRACE_INLINE void StoreOutput(const GemmArgs& args, int32_t strip, int32_t to
   _mm512_mask_storeu_ps(y, mask, value);
 }
 
+// Weights that a single tile reads, once: straight into L1, a page of latency ahead on each strip. (Through
+// L2, as Prefetch does for strips that several tiles read, every line would take a fill buffer twice.)
+template <int kBits, int kStrips>
+struct ReadOnce {
+  static constexpr int64_t kAhead = 4096;
+  static constexpr int64_t kBytes = Format<kBits>::kGroupBytes / Format<kBits>::kPrefetches;
+  const char* data;
+  const char* next;
+  int64_t strip_bytes;
+  int64_t scale_offset;
+  int64_t at = 0;
+
+  MILLRACE_INLINE void Advance() {
+    // The scales come last in a strip, so this runs into them, and then into the strip after next.
+    const int64_t target = at + kAhead;
+    const char* from = target < scale_offset ? data + target : next + (target - scale_offset);
+    const char* scales = next + scale_offset + 32 * at / Format<kBits>::kGroupBytes;
+    for (int s = 0; s < kStrips; ++s, from += strip_bytes, scales += strip_bytes) {
+#pragma GCC unroll 16
+      for (int64_t line = 0; line < kBytes; line += 64) _mm_prefetch(from + line, _MM_HINT_T0);
+      _mm_prefetch(scales, _MM_HINT_T0);
+    }
+    at += kBytes;
+  }
+};
+
 // The weights of one group of kStrips strips for kTokens tokens. x[t] points at the group's activations.
-template <int kBits, int kStrips, int kTokens>
+template <int kBits, int kStrips, int kTokens, typename Ahead>
 MILLRACE_INLINE void GroupProduct(const char* weights, int64_t strip_bytes, const int8_t* const* x,
-                                  int64_t x_offset, __m512i (&sums)[kStrips][kTokens]) {
+                                  int64_t x_offset, __m512i (&sums)[kStrips][kTokens], Ahead& ahead) {
   const auto quad = [&](int t, int index) {
     int32_t four;
     __builtin_memcpy(&four, x[t] + x_offset + 4 * index, sizeof(four));
@@ -46,6 +74,7 @@ MILLRACE_INLINE void GroupProduct(const char* weights, int64_t strip_bytes, cons
   if constexpr (kBits == 8) {
 #pragma GCC unroll 16
     for (int q = 0; q < 16; ++q) {
+      if (q % 8 == 0) ahead.Advance();
       __m512i w[kStrips];
       for (int s = 0; s < kStrips; ++s) w[s] = _mm512_load_si512(weights + s * strip_bytes + 64 * q);
 #pragma GCC unroll 16
@@ -55,6 +84,7 @@ MILLRACE_INLINE void GroupProduct(const char* weights, int64_t strip_bytes, cons
       }
     }
   } else {
+    ahead.Advance();
     const __m512i low_half = _mm512_set1_epi8(15);
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
@@ -79,10 +109,8 @@ MILLRACE_INLINE void GroupProduct(const char* weights, int64_t strip_bytes, cons
   }
 }
 
-// `ahead`: the strips read after these, prefetched a fixed distance ahead; null where the weights are in
-// cache.
-template <int kBits, int kStrips, int kTokens>
-MILLRACE_INLINE void Tile(const GemmArgs& args, int32_t strip, int32_t token, const char* ahead) {
+template <int kBits, int kStrips, int kTokens, typename Ahead>
+MILLRACE_INLINE void Tile(const GemmArgs& args, int32_t strip, int32_t token, Ahead& ahead) {
   const PackedMatrix& w = *args.w;
   const int64_t x_bytes = int64_t{w.groups} * kGroupCols;
   const char* const data = w.data + strip * w.strip_bytes;
@@ -94,17 +122,6 @@ MILLRACE_INLINE void Tile(const GemmArgs& args, int32_t strip, int32_t token, co
   }
   for (int32_t g = 0; g < w.groups; ++g) {
     const int64_t at = g * Format<kBits>::kGroupBytes;
-    if (ahead != nullptr) {
-      // The scales come last in a strip, so this runs into them, and then into the strip after next.
-      const int64_t target = at + kPrefetchBytes;
-      const char* from = target < w.scale_offset ? data + target : ahead + (target - w.scale_offset);
-      for (int s = 0; s < kStrips; ++s, from += w.strip_bytes) {
-#pragma GCC unroll 16
-        for (int64_t line = 0; line < Format<kBits>::kGroupBytes; line += 64)
-          _mm_prefetch(from + line, _MM_HINT_T0);
-        _mm_prefetch(ahead + s * w.strip_bytes + w.scale_offset + 32 * g, _MM_HINT_T0);
-      }
-    }
     const auto group_of = [&](int t) { return reinterpret_cast<const ActivationGroup*>(x[t] + x_bytes) + g; };
     __m512i sums[kStrips][kTokens];
     for (int t = 0; t < kTokens; ++t) {
@@ -112,7 +129,7 @@ MILLRACE_INLINE void Tile(const GemmArgs& args, int32_t strip, int32_t token, co
           _mm512_slli_epi32(_mm512_set1_epi32(group_of(t)->minus_sum), Format<kBits>::kOffsetShift);
       for (int s = 0; s < kStrips; ++s) sums[s][t] = start;
     }
-    GroupProduct<kBits, kStrips, kTokens>(data + at, w.strip_bytes, x, int64_t{g} * kGroupCols, sums);
+    GroupProduct<kBits, kStrips, kTokens>(data + at, w.strip_bytes, x, int64_t{g} * kGroupCols, sums, ahead);
     for (int s = 0; s < kStrips; ++s) {
       const __m512 scales = LoadScales(data + s * w.strip_bytes + w.scale_offset + 32 * int64_t{g});
       for (int t = 0; t < kTokens; ++t) {
@@ -126,24 +143,34 @@ MILLRACE_INLINE void Tile(const GemmArgs& args, int32_t strip, int32_t token, co
   }
 }
 
-// Strips outside, tokens inside: the strips stay in cache while every token passes.
+// The tile of `count` tokens, kTokensMin <= count <= kTokens.
+template <int kBits, int kStrips, int kTokensMin, int kTokens, typename Ahead>
+MILLRACE_INLINE void TileOf(int32_t count, const GemmArgs& args, int32_t strip, int32_t token, Ahead& ahead) {
+  if constexpr (kTokens > kTokensMin) {
+    if (count < kTokens)
+      return TileOf<kBits, kStrips, kTokensMin, kTokens - 1>(count, args, strip, token, ahead);
+  }
+  Tile<kBits, kStrips, kTokens>(args, strip, token, ahead);
+}
+
+// Strips outside, tokens inside: the strips stay in cache while every token passes, in tiles as equal as can
+// be. `ahead`: the strips read after these, or null.
 template <int kBits, int kStrips>
 void AllTokens(const GemmArgs& args, int32_t strip, const char* ahead) {
-  int32_t t = 0;
-  const auto tiles = [&]<int kTokens>() {
-    for (; t + kTokens <= args.tokens; t += kTokens) {
-      Tile<kBits, kStrips, kTokens>(args, strip, t, t == 0 ? ahead : nullptr);
-    }
-  };
-  // 8 tokens run as 4 + 4, not 6 + 2; so does the end of 14, 20, ...
-  while (args.tokens - t >= 6 && args.tokens - t != 8) {
-    Tile<kBits, kStrips, 6>(args, strip, t, t == 0 ? ahead : nullptr);
-    t += 6;
+  const PackedMatrix& w = *args.w;
+  if (args.tokens <= kTileTokens) {
+    const char* const data = w.data + strip * w.strip_bytes;
+    ReadOnce<kBits, kStrips> once{data, ahead != nullptr ? ahead : data, w.strip_bytes, w.scale_offset};
+    return TileOf<kBits, kStrips, 1, kTileTokens>(args.tokens, args, strip, 0, once);
   }
-  tiles.template operator()<4>();
-  tiles.template operator()<3>();
-  tiles.template operator()<2>();
-  tiles.template operator()<1>();
+  int32_t tiles = (args.tokens + kTileTokens - 1) / kTileTokens;
+  Prefetch prefetch =
+      Prefetch::Over(ahead, kStrips * w.strip_bytes, int64_t{tiles} * w.groups * Format<kBits>::kPrefetches);
+  for (int32_t t = 0; tiles > 0; --tiles) {
+    const int32_t count = (args.tokens - t + tiles - 1) / tiles;
+    TileOf<kBits, kStrips, kTileTokens / 2, kTileTokens>(count, args, strip, t, prefetch);
+    t += count;
+  }
 }
 
 template <int kBits>
@@ -152,8 +179,8 @@ void Gemm(const GemmArgs& args) {
   int32_t strip = args.strip_begin;
   for (; strip < args.strip_end; strip += 2) {
     const bool pair = strip + 2 <= args.strip_end;
-    const char* ahead = args.w->data + (strip + 2) * strip_bytes;
-    if (strip + 2 >= args.strip_end) ahead = args.next != nullptr ? args.next : args.w->data;
+    const char* const ahead =
+        strip + 2 < args.strip_end ? args.w->data + (strip + 2) * strip_bytes : args.next;
     pair ? AllTokens<kBits, 2>(args, strip, ahead) : AllTokens<kBits, 1>(args, strip, ahead);
   }
 }

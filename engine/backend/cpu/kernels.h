@@ -86,10 +86,20 @@ struct KernelTable {
   void (*quantize)(const float* x, int32_t count, int8_t* values, ActivationGroup* groups);
   // gate_up: [count / 16][gate 16, up 16]; out[i] = silu(gate[i]) * up[i]. count is a multiple of 16.
   void (*swiglu)(const float* gate_up, int32_t count, float* out);
+  // One group of 16 rows of weights, rows[r][64], into its place in a strip: 1024 or 512 bytes of codes and
+  // 16 bf16 scales, the same on every set. A row with an infinity or a NaN becomes zeros.
+  void (*pack_int8)(const float* const* rows, char* codes, uint16_t* scales);
+  void (*pack_int4)(const float* const* rows, char* codes, uint16_t* scales);
 };
 
 const KernelTable& PortableKernels();
 const KernelTable& Avx2Kernels();    // needs AVX2, FMA, F16C
 const KernelTable& Avx512Kernels();  // needs AVX-512 F, BW, VL, DQ and VNNI
+// The same with AMX tiles for integer products of more than a few tokens. Needs AVX-512 with VNNI, AMX with
+// int8, and the kernel's permission for this process, which AskForAmx asks for.
+const KernelTable& AmxKernels();
+bool AskForAmx();
+// The first three, the best that this processor has. Not AMX: it has not run on such a processor yet.
+const KernelTable& BestKernels();
 
 }  // namespace millrace::engine

@@ -4,6 +4,7 @@
 
 #include "engine/backend/cpu/attention_impl.h"
 #include "engine/backend/cpu/kernels.h"
+#include "engine/backend/cpu/prefetch.h"
 #include "engine/backend/cpu/vector.h"
 
 namespace millrace::engine::MILLRACE_KERNEL_NAMESPACE {
@@ -43,61 +44,82 @@ MILLRACE_INLINE void StoreOutput(const GemmArgs& args, int32_t strip, int32_t to
     y[r] = args.scale == nullptr ? lanes[r] : y[r] + lanes[r] * args.scale[token];
 }
 
+constexpr int32_t kStretch = 8;  // columns between two steps of the prefetch
+
 template <typename W, int kStrips, int kTokens>
-MILLRACE_INLINE void GemmTile(const GemmArgs& args, int32_t strip, int32_t token) {
+MILLRACE_INLINE void GemmTile(const GemmArgs& args, int32_t strip, int32_t token, Prefetch& ahead) {
   const PackedMatrix& w = *args.w;
   const float* x[kTokens];
   for (int t = 0; t < kTokens; ++t) x[t] = static_cast<const float*>(args.x[token + t]);
   const char* at = w.data + strip * w.strip_bytes;
   V16 sums[kStrips][kTokens] = {};
-  int32_t k = 0;
-  for (; k + 2 <= w.cols; k += 2, at += ColumnPair<W>::kBytes) {
-    V16 first[kStrips];
-    V16 second[kStrips];
-    for (int s = 0; s < kStrips; ++s)
-      ColumnPair<W>::Read(at + s * w.strip_bytes, &first[s], &second[s], true);
-    for (int t = 0; t < kTokens; ++t) {
-      for (int s = 0; s < kStrips; ++s) sums[s][t] += first[s] * x[t][k];
+  for (int32_t k = 0; k < w.cols;) {
+    ahead.Advance();
+    const int32_t stop = k + kStretch < w.cols ? k + kStretch : w.cols;
+    for (; k + 2 <= stop; k += 2, at += ColumnPair<W>::kBytes) {
+      V16 first[kStrips];
+      V16 second[kStrips];
+      for (int s = 0; s < kStrips; ++s)
+        ColumnPair<W>::Read(at + s * w.strip_bytes, &first[s], &second[s], true);
+      for (int t = 0; t < kTokens; ++t) {
+        for (int s = 0; s < kStrips; ++s) sums[s][t] += first[s] * x[t][k];
+      }
+      for (int t = 0; t < kTokens; ++t) {
+        for (int s = 0; s < kStrips; ++s) sums[s][t] += second[s] * x[t][k + 1];
+      }
     }
-    for (int t = 0; t < kTokens; ++t) {
-      for (int s = 0; s < kStrips; ++s) sums[s][t] += second[s] * x[t][k + 1];
-    }
-  }
-  if (k < w.cols) {
-    for (int s = 0; s < kStrips; ++s) {
+    if (k == stop) continue;
+    for (int s = 0; s < kStrips; ++s) {  // the last column of an odd number
       V16 first;
       V16 second;
       ColumnPair<W>::Read(at + s * w.strip_bytes, &first, &second, false);
       for (int t = 0; t < kTokens; ++t) sums[s][t] += first * x[t][k];
     }
+    ++k;
   }
   for (int s = 0; s < kStrips; ++s) {
     for (int t = 0; t < kTokens; ++t) StoreOutput(args, strip + s, token + t, sums[s][t]);
   }
 }
 
-// All tokens over kStrips strips.
-template <typename W, int kStrips>
-void GemmTokens(const GemmArgs& args, int32_t strip) {
-  int32_t t = 0;
-  for (; t + kTileTokens <= args.tokens; t += kTileTokens) GemmTile<W, kStrips, kTileTokens>(args, strip, t);
-  if constexpr (kTileTokens > 4) {
-    for (; t + 4 <= args.tokens; t += 4) GemmTile<W, kStrips, 4>(args, strip, t);
+// The tile of `count` tokens, 1 <= count <= kTokens.
+template <typename W, int kStrips, int kTokens>
+MILLRACE_INLINE void GemmTileOf(int32_t count, const GemmArgs& args, int32_t strip, int32_t token,
+                                Prefetch& ahead) {
+  if constexpr (kTokens > 1) {
+    if (count < kTokens) return GemmTileOf<W, kStrips, kTokens - 1>(count, args, strip, token, ahead);
   }
-  for (; t + 2 <= args.tokens; t += 2) GemmTile<W, kStrips, 2>(args, strip, t);
-  for (; t < args.tokens; ++t) GemmTile<W, kStrips, 1>(args, strip, t);
+  GemmTile<W, kStrips, kTokens>(args, strip, token, ahead);
 }
 
-// Few tokens: more strips at once keep enough sums in flight, and read memory as several streams.
+// All tokens over kStrips strips, in tiles of kTokens at most, as equal as can be.
+template <typename W, int kStrips, int kTokens>
+void GemmTokens(const GemmArgs& args, int32_t strip) {
+  const PackedMatrix& w = *args.w;
+  int32_t tiles = (args.tokens + kTokens - 1) / kTokens;
+  const int32_t following = strip + kStrips;
+  const char* const next = following < args.strip_end ? w.data + following * w.strip_bytes : args.next;
+  Prefetch ahead =
+      Prefetch::Over(next, kStrips * w.strip_bytes, int64_t{tiles} * ((w.cols + kStretch - 1) / kStretch));
+  for (int32_t t = 0; tiles > 0; --tiles) {
+    const int32_t count = (args.tokens - t + tiles - 1) / tiles;
+    GemmTileOf<W, kStrips, kTokens>(count, args, strip, t, ahead);
+    t += count;
+  }
+}
+
+// One token: more strips at once keep enough sums in flight.
 template <typename W>
 void Gemm(const GemmArgs& args) {
   int32_t strip = args.strip_begin;
   if (args.tokens == 1) {
-    for (; strip + 4 <= args.strip_end; strip += 4) GemmTile<W, 4, 1>(args, strip, 0);
+    for (; strip + 4 <= args.strip_end; strip += 4) GemmTokens<W, 4, 1>(args, strip);
   }
-  for (; strip + kTileStrips <= args.strip_end; strip += kTileStrips) GemmTokens<W, kTileStrips>(args, strip);
+  for (; strip + kTileStrips <= args.strip_end; strip += kTileStrips) {
+    GemmTokens<W, kTileStrips, kTileTokens>(args, strip);
+  }
   if constexpr (kTileStrips > 1) {
-    for (; strip < args.strip_end; ++strip) GemmTokens<W, 1>(args, strip);
+    for (; strip < args.strip_end; ++strip) GemmTokens<W, 1, kTileTokens>(args, strip);
   }
 }
 
@@ -159,8 +181,9 @@ inline void SwiGlu(const float* gate_up, int32_t count, float* out) {
   }
 }
 
+using Pack = void(const float* const* rows, char* codes, uint16_t* scales);
 inline constexpr KernelTable MakeTable(const char* name, void (*int8)(const GemmArgs&),
-                                       void (*int4)(const GemmArgs&)) {
+                                       void (*int4)(const GemmArgs&), Pack* pack_int8, Pack* pack_int4) {
   return {name,
           {Gemm<float>, Gemm<uint16_t>, int8, int4},
           Attend<uint16_t>,
@@ -168,7 +191,9 @@ inline constexpr KernelTable MakeTable(const char* name, void (*int8)(const Gemm
           MergePartials,
           RmsNorm,
           Quantize,
-          SwiGlu};
+          SwiGlu,
+          pack_int8,
+          pack_int4};
 }
 
 }  // namespace millrace::engine::MILLRACE_KERNEL_NAMESPACE

@@ -8,14 +8,18 @@ constexpr int kAttendVectors = 2;
 constexpr bool kTransposeInRegisters = false;
 }  // namespace millrace::engine::kernels_portable
 
+#include "engine/backend/cpu/load_bf16.h"
+
+// Wants Load of bf16.
 #include "engine/backend/cpu/gemm_int.h"
 #include "engine/backend/cpu/kernels_impl.h"
+#include "engine/backend/cpu/pack_group.h"
 
 namespace millrace::engine {
 
 const KernelTable& PortableKernels() {
-  static constexpr KernelTable table =
-      kernels_portable::MakeTable("portable", GemmInt8Portable, GemmInt4Portable);
+  static constexpr KernelTable table = kernels_portable::MakeTable(
+      "portable", GemmInt8Portable, GemmInt4Portable, PackInt8Portable, PackInt4Portable);
   return table;
 }
 

@@ -19,7 +19,7 @@
 namespace millrace::engine {
 namespace {
 
-constexpr uint64_t kPackingVersion = 1;  // of the layouts in kernels.h and the order in cpu_weights.cc
+constexpr uint64_t kPackingVersion = 2;  // of the layouts in kernels.h and the order in cpu_weights.cc
 constexpr size_t kBlock = size_t{16} << 20;
 constexpr size_t kAlignment = 4096;
 
