@@ -276,16 +276,21 @@ class Cluster:
 
     def replace(self, component):
         """A rolling restart, as the Deployment's strategy says; the exit codes of the old pods."""
-        surge = self.deployments[component]["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+        spec = self.deployments[component]["spec"]
+        surge = spec["strategy"]["rollingUpdate"]["maxSurge"]
         codes = []
+
+        def add():
+            self.new_pod(component).wait_ready()
+            time.sleep(spec.get("minReadySeconds", 0))
+
         for old in list(self.pods[component]):
             if surge:
-                self.new_pod(component).wait_ready()
-                time.sleep(self.deployments[component]["spec"].get("minReadySeconds", 0))
+                add()
             codes.append(old.terminate())
             self.pods[component].remove(old)
             if not surge:
-                self.new_pod(component).wait_ready()
+                add()
         return codes
 
     def stop(self):

@@ -98,7 +98,7 @@ def main():
             report, output = load.finish()
             print(f"P/D: killed {victim.name}, the next one ready after {took:.1f} s; load: {outcome(report)}", flush=True)
         for component in ("prefill", "decode", "gateway"):
-            load = Load(binary, service.address, directory, 60, 2)
+            load = Load(binary, service.address, directory, 90, 2)
             time.sleep(2)
             codes = cluster.replace(component)
             assert codes and not any(codes), codes

@@ -151,6 +151,14 @@ def test_pods_are_probed_and_end_in_time(overlays, overlay):
         assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60, "a busy process must not be restarted"
 
 
+def test_gateways_know_a_new_worker_before_the_next_one_goes(overlays):
+    """Names are resolved every 5 s, and cluster DNS answers from its cache for up to 30 s."""
+    workers = [d for d in of_kind(overlays["pd"], "Deployment") if "gateway" not in d["metadata"]["name"]]
+    assert len(workers) == 2
+    for deployment in workers:
+        assert deployment["spec"]["minReadySeconds"] >= 5 + 30
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_names_and_ports_fit_each_other(overlays, overlay):
     documents = overlays[overlay]
