@@ -9,6 +9,7 @@ int RunServe(const ServeOptions& options, const std::string& effective);
 int RunGateway(const GatewayCommandOptions& options, const std::string& effective);
 int RunWorker(const WorkerCommandOptions& options, const std::string& effective);
 int RunChat(const ChatOptions& options);
+int RunRole(const RoleOptions& options);
 int RunInspect(const InspectOptions& options);
 int RunDoctor(const DoctorOptions& options);
 int RunTransferBench(const TransferBenchOptions& options);

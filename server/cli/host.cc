@@ -187,6 +187,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   service.model_name = model.name;
   service.model_digest = model.digest;
   service.grant_pages = worker_options.grant_pages;
+  service.stall_max = worker_options.stall_max;
   service.metrics = metrics;
   service.tokenizer = model.tokenizer.get();
   MR_ASSIGN_OR_RETURN(hosted.worker, Worker::Start(service, hosted.engine.get(), hosted.transfer.get()));

@@ -45,6 +45,7 @@ struct HostedWorkerOptions {
   std::string listen = "127.0.0.1:0";
   std::vector<std::string> rails;  // empty: reachable within this process only
   int32_t grant_pages = 8;
+  Duration stall_max = WorkerOptions().stall_max;
 };
 
 StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions& options,

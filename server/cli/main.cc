@@ -16,6 +16,7 @@ int main(int argc, char** argv) {
   GatewayCommandOptions gateway;
   WorkerCommandOptions worker;
   ChatOptions chat;
+  RoleOptions role;
   InspectOptions inspect;
   DoctorOptions doctor;
   TransferBenchOptions transfer_bench;
@@ -24,6 +25,7 @@ int main(int argc, char** argv) {
   CLI::App* const gateway_command = AddGateway(app, gateway);
   CLI::App* const worker_command = AddWorker(app, worker);
   CLI::App* const chat_command = AddChat(app, chat);
+  CLI::App* const role_command = AddRole(app, role);
   CLI::App* const inspect_command = AddInspect(app, inspect);
   CLI::App* const doctor_command = AddDoctor(app, doctor);
   CLI::App* const transfer_bench_command = AddTransferBench(app, transfer_bench);
@@ -34,6 +36,7 @@ int main(int argc, char** argv) {
   if (gateway_command->parsed()) return RunGateway(gateway, EffectiveConfiguration(*gateway_command));
   if (worker_command->parsed()) return RunWorker(worker, EffectiveConfiguration(*worker_command));
   if (chat_command->parsed()) return RunChat(chat);
+  if (role_command->parsed()) return RunRole(role);
   if (inspect_command->parsed()) return RunInspect(inspect);
   if (doctor_command->parsed()) return RunDoctor(doctor);
   if (transfer_bench_command->parsed()) return RunTransferBench(transfer_bench);

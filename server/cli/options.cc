@@ -239,6 +239,11 @@ CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options) {
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   AddModel(command, options.model);
+  command
+      ->add_option("--stall-max", options.stall_max,
+                   "Seconds that one step may take until the worker gives up what it runs")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   command->add_option("--drain", options.drain, "Seconds that running requests get after SIGTERM")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -257,6 +262,15 @@ CLI::App* AddChat(CLI::App& app, ChatOptions& options) {
   command->add_option("--max-tokens", options.max_tokens, "Longest answer in tokens; 0 = what fits")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  return command;
+}
+
+CLI::App* AddRole(CLI::App& app, RoleOptions& options) {
+  CLI::App* command = AddCommand(app, "role", "Give an idle worker another role");
+  command->add_option("worker", options.worker, "host:port of its gRPC service")->required();
+  command->add_option("role", options.role, "prefill, decode or both")
+      ->required()
+      ->check(CLI::IsMember({"prefill", "decode", "both"}));
   return command;
 }
 

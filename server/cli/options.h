@@ -76,6 +76,7 @@ struct WorkerCommandOptions {
   std::vector<std::string> rails;  // addresses of the transfer engine's TCP rails
   std::string metrics_listen;      // host:port of /metrics; empty: none
   int32_t grant_pages = 8;
+  double stall_max = 60;  // seconds
   double drain = 30;
 };
 
@@ -85,6 +86,11 @@ struct ChatOptions {
   std::string prompt;  // one question, then exit
   double temperature = 0;
   int32_t max_tokens = 0;  // 0 = the server's default
+};
+
+struct RoleOptions {
+  std::string worker;
+  std::string role;
 };
 
 struct InspectOptions {
@@ -135,6 +141,7 @@ CLI::App* AddServe(CLI::App& app, ServeOptions& options);
 CLI::App* AddGateway(CLI::App& app, GatewayCommandOptions& options);
 CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options);
 CLI::App* AddChat(CLI::App& app, ChatOptions& options);
+CLI::App* AddRole(CLI::App& app, RoleOptions& options);
 CLI::App* AddInspect(CLI::App& app, InspectOptions& options);
 CLI::App* AddDoctor(CLI::App& app, DoctorOptions& options);
 CLI::App* AddTransferBench(CLI::App& app, TransferBenchOptions& options);

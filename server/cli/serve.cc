@@ -3,8 +3,10 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <span>
 
 #include "base/log.h"
@@ -22,6 +24,17 @@ int Fail(const Status& status) {
   return 1;
 }
 
+// What comes after the time that running work gets: hanging up, waiting until no peer can touch the memory.
+// Past it the process ends all the same; the kernel then takes its memory and connections away, which is the
+// same proof.
+constexpr int kEndSeconds = 30;
+
+void EndNow(int /*signal*/) {
+  static constexpr char kSaid[] = "millrace: did not end in time after its drain; ending at once\n";
+  (void)!write(STDERR_FILENO, kSaid, sizeof(kSaid) - 1);
+  _exit(3);
+}
+
 // Blocks the signals that end a server, in this thread and all that it starts, so that WaitForSignal gets
 // them.
 class Signals {
@@ -34,8 +47,9 @@ class Signals {
     signal(SIGPIPE, SIG_IGN);
   }
   // Until a signal comes, or one of the workers' engines has failed: only a new process computes again, and
-  // whoever started this one is told by its exit code. A second signal ends the process at once.
-  Status Wait(std::span<const HostedWorker> workers = {}) {
+  // whoever started this one is told by its exit code. A second signal ends the process at once, and so does
+  // the clock when `drain` seconds and kEndSeconds more have gone by.
+  Status Wait(double drain, std::span<const HostedWorker> workers = {}) {
     constexpr timespec kLook = {0, 200'000'000};
     int number = -1;
     while (number < 0) {
@@ -49,6 +63,8 @@ class Signals {
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
     pthread_sigmask(SIG_UNBLOCK, &set_, nullptr);
+    signal(SIGALRM, EndNow);
+    alarm(static_cast<unsigned>(std::ceil(drain)) + kEndSeconds);
     return OkStatus();
   }
 
@@ -145,7 +161,7 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
       gateway->address(), info.name);
   fmt::print("  or:  millrace chat --url http://{}\n", gateway->address());
   std::fflush(stdout);
-  MR_RETURN_IF_ERROR(signals.Wait(workers));
+  MR_RETURN_IF_ERROR(signals.Wait(options.drain, workers));
   gateway->Shutdown(FromSeconds(options.drain));
   for (HostedWorker& hosted : workers) hosted.worker->Shutdown(Duration::zero());
   return OkStatus();
@@ -169,7 +185,7 @@ Status ServeGateway(const GatewayCommandOptions& options, const std::string& eff
                                                          *tokenizer, *membership, metrics));
   SayWhere(*gateway, options.http, info.name);
   std::fflush(stdout);
-  MR_RETURN_IF_ERROR(signals.Wait());
+  MR_RETURN_IF_ERROR(signals.Wait(options.drain));
   gateway->Shutdown(FromSeconds(options.drain));
   return OkStatus();
 }
@@ -186,6 +202,7 @@ Status ServeWorker(const WorkerCommandOptions& options, const std::string& effec
                                            : WorkerRole::kBoth;
   worker.listen = options.listen;
   worker.grant_pages = options.grant_pages;
+  worker.stall_max = FromSeconds(options.stall_max);
   MR_ASSIGN_OR_RETURN(const HostPort listen, ParseHostPort(options.listen));
   const std::vector<std::string> rails = options.rails.empty() ? std::vector{listen.host} : options.rails;
   for (const std::string& rail : rails) {
@@ -197,7 +214,7 @@ Status ServeWorker(const WorkerCommandOptions& options, const std::string& effec
   MR_ASSIGN_OR_RETURN(const auto exposer, ExposeMetrics(options.metrics_listen, metrics));
   fmt::print("Millrace {} worker of {} on {}\n", options.role, model.name, hosted.worker->address());
   std::fflush(stdout);
-  MR_RETURN_IF_ERROR(signals.Wait({&hosted, 1}));
+  MR_RETURN_IF_ERROR(signals.Wait(options.drain, {&hosted, 1}));
   hosted.worker->Shutdown(FromSeconds(options.drain));
   return OkStatus();
 }

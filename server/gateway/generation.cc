@@ -12,9 +12,32 @@ namespace net = boost::asio;
 
 namespace {
 
+// How often a running answer looks whether its worker lives, and how long that worker must not have sent a
+// token before the silence of its heartbeat counts.
+constexpr Duration kLookEvery = std::chrono::milliseconds(250);
+constexpr Duration kSilenceMin = std::chrono::seconds(1);
+constexpr Duration kAskAgainEvery = std::chrono::milliseconds(100);
+
 Status FromGrpc(const grpc::Status& status) {
   // gRPC's codes are absl's codes.
   return MakeStatus(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+}
+
+// Another worker may do what this one could not. kCancelled: not by this gateway, so by a worker that ends.
+// kInternal: its engine failed, or the connection broke in a way that gRPC has no better word for.
+bool AnotherMay(const Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kAborted:
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kUnknown:
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kFailedPrecondition:
+      return true;
+    default:
+      return false;
+  }
 }
 
 }  // namespace
@@ -49,7 +72,9 @@ Generation::Generation(net::any_io_executor executor, Membership& membership, In
       in_flight_(in_flight),
       options_(options),
       deadline_(request.deadline),
+      timer_(executor_),
       on_event_(std::move(on_event)) {
+  request_.set_protocol_version(kProtocolVersion);
   request_.set_request_id(request.id);
   request_.mutable_prompt()->Assign(request.prompt.begin(), request.prompt.end());
   request_.set_priority(request.priority);
@@ -66,9 +91,7 @@ std::shared_ptr<Generation> Generation::Create(net::any_io_executor executor, Me
       new Generation(std::move(executor), membership, in_flight, options, request, std::move(on_event)));
 }
 
-// Finds a worker and starts there; when nobody can serve, ends with `cause` if there is one: it says more
-// than "no worker".
-void Generation::Dispatch(const Status& cause) {
+void Generation::Dispatch() {
   const auto left = deadline_ == kNoDeadline ? Duration::max() : deadline_ - Clock::System().Now();
   if (left <= Duration::zero()) return Finish(DeadlineExceeded("the request's time was used up"));
   RouteRequest wanted;
@@ -76,6 +99,7 @@ void Generation::Dispatch(const Status& cause) {
   wanted.local_prefill_tokens_max =
       request_.sampling().prompt_logprobs() ? INT32_MAX : options_.local_prefill_tokens_max;
   wanted.exclude = failed_;
+  wanted.model_digest = request_.model_digest();
   decode_lease_.Release();
   prefill_lease_.Release();
   std::vector<int32_t> tokens(request_.prompt().begin(), request_.prompt().end());
@@ -83,11 +107,14 @@ void Generation::Dispatch(const Status& cause) {
   std::vector<WorkerSnapshot> workers = membership_.Snapshot({tokens, request_.cache_salt()});
   in_flight_.Apply(&workers);
   const auto route = PickRoute(workers, wanted);
-  if (!route.ok()) return Finish(cause.ok() ? route.status() : cause);
+  if (!route.ok()) return NobodyServes(route.status());
+  waiting_since_ = {};
   for (const WorkerSnapshot& worker : workers) {
+    if (worker.address != route->decode) continue;
+    decode_ = worker.address;
+    decode_epoch_ = worker.epoch;
     // The first worker settles the model: an answer is never continued by another one's weights.
-    if (worker.address == route->decode && request_.model_digest().empty())
-      request_.set_model_digest(worker.model_digest);
+    request_.set_model_digest(worker.model_digest);
   }
   request_.mutable_prefill()->Assign(route->prefill.begin(), route->prefill.end());
   auto grpc_deadline = std::chrono::system_clock::time_point::max();
@@ -95,12 +122,64 @@ void Generation::Dispatch(const Status& cause) {
     request_.set_timeout_us(std::chrono::duration_cast<std::chrono::microseconds>(left).count());
     grpc_deadline = std::chrono::system_clock::now() + left;
   }
-  decode_lease_ = in_flight_.Take(route->decode);
-  if (!route->prefill.empty()) prefill_lease_ = in_flight_.Take(route->prefill.front());
+  decode_lease_ = in_flight_.Take(route->decode, /*judged=*/true);
+  if (!route->prefill.empty()) prefill_lease_ = in_flight_.Take(route->prefill.front(), /*judged=*/false);
   ++attempt_;
-  failed_.push_back(route->decode);  // if this attempt ends without a finish, this worker is not asked again
+  ++fruitless_;
+  failed_.push_back(decode_);  // if this attempt ends without a finish, another worker goes on
+  heard_ = Clock::System().Now();
   call_ = StartGenerate(membership_.ChannelTo(route->decode), request_, grpc_deadline,
                         std::make_shared<Observer>(shared_from_this(), attempt_));
+  Watch();
+}
+
+// A new request is told so. An answer that has begun waits a while: workers come back, also those that failed
+// it.
+void Generation::NobodyServes(const Status& why) {
+  if (cause_.ok()) return Finish(why);
+  const TimePoint now = Clock::System().Now();
+  if (waiting_since_ == TimePoint{}) waiting_since_ = now;
+  const bool full = cause_.code() == absl::StatusCode::kResourceExhausted && request_.output().empty();
+  // The first cause says more than "no worker".
+  if (full || now - waiting_since_ >= options_.failover_patience) return Finish(cause_);
+  failed_.clear();
+  Retry(kAskAgainEvery);
+}
+
+void Generation::Watch() {
+  timer_.expires_after(std::chrono::duration_cast<net::steady_timer::duration>(kLookEvery));
+  timer_.async_wait([self = shared_from_this(), attempt = attempt_](const boost::system::error_code& error) {
+    if (!error && !self->ended_ && attempt == self->attempt_) self->LookAfterWorker();
+  });
+}
+
+// The stream of a worker that is frozen or stuck just stays silent: its heartbeat tells it from a slow one.
+void Generation::LookAfterWorker() {
+  const Duration silent = Clock::System().Now() - heard_;
+  if (silent < kSilenceMin || membership_.Alive(decode_, decode_epoch_)) return Watch();
+  call_->Cancel();
+  Lost(Unavailable("worker {} shows no sign of life", decode_));
+}
+
+// The attempt is over, the answer is not.
+void Generation::Lost(const Status& cause) {
+  ++attempt_;  // whatever it still says is stale
+  if (AnotherMay(cause) && cause.code() != absl::StatusCode::kResourceExhausted) decode_lease_.Failed();
+  decode_lease_.Release();
+  prefill_lease_.Release();
+  if (!CanContinue(cause)) return Finish(cause);
+  LogWarning("request {}: worker {} failed after {} tokens ({}); trying another", request_.request_id(),
+             decode_, request_.output_size(), Message(cause));
+  cause_ = cause;
+  Retry(in_flight_.NextRetry());
+}
+
+void Generation::Retry(Duration wait) {
+  if (wait == Duration(0)) return Dispatch();
+  timer_.expires_after(std::chrono::duration_cast<net::steady_timer::duration>(wait));
+  timer_.async_wait([self = shared_from_this()](const boost::system::error_code& error) {
+    if (!error && !self->ended_) self->Dispatch();
+  });
 }
 
 void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
@@ -114,42 +193,36 @@ void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
   engine::TokenEvent token = TokenFromProto(event.token());
   if (token.index != request_.output_size() || finish_seen_) {
     call_->Cancel();
-    return Finish(Internal("worker {} sent token {} when {} was due", failed_.back(), token.index,
-                           request_.output_size()));
+    return Finish(
+        Internal("worker {} sent token {} when {} was due", decode_, token.index, request_.output_size()));
   }
+  heard_ = Clock::System().Now();
+  fruitless_ = 0;
+  failed_ = {decode_};
+  cause_ = OkStatus();
+  decode_lease_.Succeeded();
+  request_.mutable_sampling()->set_prompt_logprobs(false);  // they came with this token, if ever
   prefill_lease_.Release();
   request_.add_output(token.token.token);
   finish_seen_ = token.finish != engine::FinishReason::kNone;
   on_event_(token);
 }
 
-bool Generation::CanContinue(const grpc::Status& status) const {
-  if (attempt_ >= options_.attempts_max) return false;
-  switch (status.error_code()) {
-    case grpc::StatusCode::UNAVAILABLE:
-    case grpc::StatusCode::ABORTED:
-    case grpc::StatusCode::RESOURCE_EXHAUSTED:
-    case grpc::StatusCode::FAILED_PRECONDITION:
-      return true;
-    default:
-      return false;
-  }
+bool Generation::CanContinue(const Status& status) const {
+  return fruitless_ < options_.attempts_max && AnotherMay(status);
 }
 
 void Generation::OnDone(int32_t attempt, const grpc::Status& status) {
   if (attempt != attempt_ || ended_) return;
   if (finish_seen_) return Finish(OkStatus());
-  if (status.ok())
-    return Finish(Internal("worker {} ended the answer without a finish reason", failed_.back()));
-  if (!CanContinue(status)) return Finish(FromGrpc(status));
-  LogWarning("request {}: worker {} failed after {} tokens ({}); trying another", request_.request_id(),
-             failed_.back(), request_.output_size(), status.error_message());
-  Dispatch(FromGrpc(status));
+  if (status.ok()) return Finish(Internal("worker {} ended the answer without a finish reason", decode_));
+  Lost(FromGrpc(status));
 }
 
 void Generation::Finish(Status status) {
   if (ended_) return;
   ended_ = true;
+  timer_.cancel();
   decode_lease_.Release();
   prefill_lease_.Release();
   on_event_(End{std::move(status)});

@@ -5,6 +5,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <boost/asio/any_io_executor.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <functional>
 #include <memory>
 #include <string>
@@ -22,7 +23,9 @@ namespace millrace::server {
 
 struct GenerationOptions {
   int32_t local_prefill_tokens_max = 0;  // prompts up to here do not use a prefill worker
-  int32_t attempts_max = 3;              // decode workers tried for one request
+  int32_t attempts_max = 4;              // decode workers tried in a row without a token of the answer
+  // How long an answer whose worker was lost waits for one to go on with, when there is none.
+  Duration failover_patience = std::chrono::seconds(10);
 };
 
 struct GenerationRequest {
@@ -61,11 +64,16 @@ class Generation : public std::enable_shared_from_this<Generation> {
   Generation(boost::asio::any_io_executor executor, Membership& membership, InFlight& in_flight,
              const GenerationOptions& options, const GenerationRequest& request,
              std::function<void(const Event&)> on_event);
-  void Dispatch(const Status& cause = OkStatus());
+  void Dispatch();
+  void NobodyServes(const Status& why);
+  void Watch();
+  void LookAfterWorker();
+  void Lost(const Status& cause);
+  void Retry(Duration wait);
   void OnEvent(int32_t attempt, const rpc::GenerateEvent& event);
   void OnDone(int32_t attempt, const grpc::Status& status);
   void Finish(Status status);
-  bool CanContinue(const grpc::Status& status) const;
+  bool CanContinue(const Status& status) const;
 
   const InFlight::Presence
       presence_;  // first, so that it goes last: what follows needs the gateway's threads
@@ -74,9 +82,16 @@ class Generation : public std::enable_shared_from_this<Generation> {
   InFlight& in_flight_;
   const GenerationOptions options_;
   const TimePoint deadline_;
-  rpc::GenerateRequest request_;     // output grows with every token, so that another worker can continue
-  std::vector<std::string> failed_;  // decode workers that failed this request
+  rpc::GenerateRequest request_;  // output grows with every token, so that another worker can continue
+  std::string decode_;            // of the attempt
+  uint64_t decode_epoch_ = 0;
+  std::vector<std::string> failed_;  // decode workers that failed this request since its last token
   int32_t attempt_ = 0;              // events of earlier attempts are stale
+  int32_t fruitless_ = 0;            // attempts since the last token
+  Status cause_;                     // why the last attempt failed
+  TimePoint waiting_since_{};        // since when there is no worker to go on with; 0 = there is
+  TimePoint heard_{};                // from the worker of the attempt
+  boost::asio::steady_timer timer_;  // looks after the worker, or waits for the next attempt
   std::shared_ptr<GenerateCall> call_;
   InFlight::Lease decode_lease_;
   InFlight::Lease prefill_lease_;  // until the first token of the attempt

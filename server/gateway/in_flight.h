@@ -1,6 +1,6 @@
 #pragma once
-// What this gateway has given to whom, now. Snapshots of workers are up to 100 ms old: a burst that was
-// routed by them alone would go to one worker.
+// What this gateway has given to whom, now, and what became of it. Snapshots of workers are up to 100 ms old:
+// a burst that was routed by them alone would go to one worker.
 
 #include <atomic>
 #include <map>
@@ -9,7 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "base/random.h"
+#include "server/router/retry_budget.h"
 #include "server/router/router.h"
+#include "server/router/worker_health.h"
 
 namespace millrace::server {
 
@@ -21,19 +24,27 @@ class InFlight {
    public:
     Lease() = default;
     Lease(Lease&& other) noexcept
-        : owner_(std::exchange(other.owner_, nullptr)), address_(std::move(other.address_)) {}
+        : owner_(std::exchange(other.owner_, nullptr)),
+          address_(std::move(other.address_)),
+          judged_(other.judged_) {}
     Lease& operator=(Lease&& other) noexcept;
     ~Lease() { Release(); }
-    void Release();
+    void Release();  // without a verdict, if there was none yet
+    // The worker's good standing; the first of them counts.
+    void Succeeded();
+    void Failed();
 
    private:
     friend class InFlight;
-    Lease(InFlight* owner, std::string address) : owner_(owner), address_(std::move(address)) {}
+    Lease(InFlight* owner, std::string address, bool judged)
+        : owner_(owner), address_(std::move(address)), judged_(!judged) {}
     InFlight* owner_ = nullptr;
     std::string address_;
+    bool judged_ = true;  // false: a request that says something about its worker, and has not yet
   };
 
-  Lease Take(const std::string& address);
+  // `judged`: what becomes of the request counts for or against the worker.
+  Lease Take(const std::string& address, bool judged);
 
   // One generation, from its construction to its end: gRPC may call it until then, and it posts to the
   // gateway's threads.
@@ -49,13 +60,19 @@ class InFlight {
   };
   int32_t generations() const { return generations_; }
 
-  // Raises each worker's queue to what it must have from this gateway alone.
-  void Apply(std::vector<WorkerSnapshot>* workers) const;
+  // How long a request that lost its worker waits before it goes to another one.
+  Duration NextRetry();
+
+  // Raises each worker's queue to what it must have from this gateway alone, and marks those in bad standing.
+  void Apply(std::vector<WorkerSnapshot>* workers);
 
  private:
   mutable std::mutex mutex_;
   std::map<std::string, int32_t> counts_;  // never zero
   std::atomic<int32_t> generations_ = 0;
+  WorkerHealth health_;
+  RetryBudget retries_;        // under mutex_
+  Random random_{RandomId()};  // under mutex_
 };
 
 }  // namespace millrace::server

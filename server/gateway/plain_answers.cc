@@ -124,7 +124,7 @@ ApiResult<PlainAnswer> State(GatewayContext& context) {
                        {"running", worker.running},
                        {"pages_total", worker.pages_total},
                        {"pages_free", worker.pages_free},
-                       {"prefill_tokens_per_second", worker.prefill_tokens_per_second},
+                       {"prefill_tokens_per_second", worker.prefill_rate.value},
                        {"open_tickets", worker.open_tickets},
                        {"draining_tickets", worker.draining_tickets},
                        {"transfers", worker.transfers},

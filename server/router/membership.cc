@@ -10,6 +10,7 @@
 
 #include "base/log.h"
 #include "base/net.h"
+#include "base/random.h"
 #include "engine/kv/layout.h"
 #include "engine/kv/page_keys.h"
 #include "proto/worker.grpc.pb.h"
@@ -21,7 +22,7 @@ namespace millrace::server {
 namespace {
 
 constexpr Duration kBackoffMin = std::chrono::milliseconds(100);
-constexpr Duration kBackoffMax = std::chrono::seconds(5);
+constexpr Duration kBackoffMax = std::chrono::seconds(1);
 constexpr Duration kSilenceCheckEvery = std::chrono::milliseconds(250);
 
 TimePoint Now() { return std::chrono::steady_clock::now(); }
@@ -41,8 +42,10 @@ WorkerSnapshot SnapshotFromProto(const std::string& address, const rpc::WorkerSt
       break;
   }
   snapshot.connected = true;
-  // A role from a later protocol is unknown here: such a worker is shown but gets no work.
-  snapshot.ready = state.ready() && rpc::Role_IsValid(state.role()) && state.role() != rpc::ROLE_UNSPECIFIED;
+  // A worker of another protocol is shown but gets no work.
+  snapshot.ready = state.ready() && state.protocol_version() == kProtocolVersion &&
+                   rpc::Role_IsValid(state.role()) && state.role() != rpc::ROLE_UNSPECIFIED;
+  snapshot.stalled = state.stalled();
   snapshot.epoch = state.epoch();
   snapshot.model_name = state.model_name();
   snapshot.model_digest = state.model_digest();
@@ -53,7 +56,11 @@ WorkerSnapshot SnapshotFromProto(const std::string& address, const rpc::WorkerSt
   snapshot.waiting = state.waiting();
   snapshot.running = state.running();
   snapshot.context_max = state.context_max();
-  snapshot.prefill_tokens_per_second = state.prefill_tokens_per_second();
+  snapshot.prefill_rate = {state.prefill_tokens_per_second(), state.prefill_samples()};
+  snapshot.token_gap = {state.token_gap_seconds(), state.token_gap_samples()};
+  snapshot.avoids.assign(state.avoids().begin(), state.avoids().end());
+  for (const rpc::WorkerLink& link : state.links())
+    snapshot.links.push_back({link.epoch(), link.paths(), link.paths_up()});
   snapshot.open_tickets = state.open_tickets();
   snapshot.draining_tickets = state.draining_tickets();
   snapshot.transfers = state.transfers();
@@ -140,9 +147,14 @@ class WatchedMembership final : public Membership {
   std::vector<WorkerSnapshot> Snapshot(const CacheQuery& query) const override {
     std::vector<WorkerSnapshot> all;
     std::map<std::string, std::vector<uint64_t>> keys_of_model;
+    const TimePoint now = Now();
     std::lock_guard lock(mutex_);
-    for (const auto& [address, snapshot] : snapshots_) {
+    for (const auto& [address, known] : known_) {
+      const WorkerSnapshot& snapshot = known.snapshot;
       all.push_back(snapshot);
+      all.back().silent = now - known.heard;
+      all.back().prefill_rate.age = now - known.prefill_measured;
+      all.back().token_gap.age = now - known.gap_measured;
       const auto cached = cached_keys_.find(address);
       if (query.tokens.empty() || cached == cached_keys_.end()) continue;
       std::vector<uint64_t>& keys = keys_of_model[snapshot.model_digest];
@@ -160,10 +172,19 @@ class WatchedMembership final : public Membership {
     return channels_.Get(address);
   }
 
+  bool Alive(const std::string& address, uint64_t epoch) const override {
+    std::lock_guard lock(mutex_);
+    const auto found = known_.find(address);
+    if (found == known_.end()) return false;
+    const WorkerSnapshot& snapshot = found->second.snapshot;
+    return snapshot.connected && snapshot.epoch == epoch && !snapshot.stalled;
+  }
+
   bool CanServe() const override {
     std::lock_guard lock(mutex_);
-    return std::any_of(snapshots_.begin(), snapshots_.end(), [](const auto& entry) {
-      return entry.second.connected && entry.second.ready && entry.second.role != WorkerRole::kPrefill;
+    return std::any_of(known_.begin(), known_.end(), [](const auto& entry) {
+      const WorkerSnapshot& snapshot = entry.second.snapshot;
+      return snapshot.connected && snapshot.ready && snapshot.role != WorkerRole::kPrefill;
     });
   }
 
@@ -208,7 +229,7 @@ class WatchedMembership final : public Membership {
       channels_.Forget(it->first);
       {
         std::lock_guard lock(mutex_);
-        snapshots_.erase(it->first);
+        known_.erase(it->first);
         cached_keys_.erase(it->first);
       }
       it = members_.erase(it);
@@ -218,7 +239,7 @@ class WatchedMembership final : public Membership {
       members_[address];
       {
         std::lock_guard lock(mutex_);
-        snapshots_[address].address = address;
+        known_[address].snapshot.address = address;
       }
       Connect(address);
     }
@@ -264,18 +285,22 @@ class WatchedMembership final : public Membership {
       for (const uint64_t key : state.cache().removed()) keys.erase(key);
       keys.insert(state.cache().added().begin(), state.cache().added().end());
     }
-    WorkerSnapshot& known = snapshots_[address];
-    if (!known.connected || known.ready != snapshot.ready) {
+    Known& known = known_[address];
+    if (!known.snapshot.connected || known.snapshot.ready != snapshot.ready) {
       LogInfo("worker {} is {}", address, snapshot.ready ? "ready" : "not ready");
     }
-    known = std::move(snapshot);
+    known.heard = Now();
+    if (snapshot.prefill_rate.samples != known.snapshot.prefill_rate.samples)
+      known.prefill_measured = known.heard;
+    if (snapshot.token_gap.samples != known.snapshot.token_gap.samples) known.gap_measured = known.heard;
+    known.snapshot = std::move(snapshot);
   }
 
   void MarkLost(const std::string& address, Member* member, const std::string& why) {
     if (!member->reported_lost) LogWarning("worker {} is not reachable: {}", address, why);
     member->reported_lost = true;
     std::lock_guard lock(mutex_);
-    snapshots_[address].connected = false;
+    known_[address].snapshot.connected = false;
     cached_keys_.erase(address);  // the next stream begins with all of them
   }
 
@@ -283,7 +308,10 @@ class WatchedMembership final : public Membership {
     if (Member* member = Find(address, generation); member != nullptr) {
       member->stream.reset();
       MarkLost(address, member, status.error_message());
-      watcher_.PostAt(Now() + member->backoff, [this, address] { Connect(address); });
+      // Spread, so that the watchers of a worker that comes back do not all come at once.
+      const auto spread = Duration(
+          static_cast<int64_t>(random_.Uniform() * 0.5 * static_cast<double>(member->backoff.count())));
+      watcher_.PostAt(Now() + member->backoff + spread, [this, address] { Connect(address); });
       member->backoff = std::min(2 * member->backoff, kBackoffMax);
     }
     std::lock_guard lock(mutex_);
@@ -311,9 +339,16 @@ class WatchedMembership final : public Membership {
   std::map<std::string, Member> members_;
   uint64_t next_generation_ = 0;
   bool ending_ = false;
+  Random random_{RandomId()};
 
+  struct Known {
+    WorkerSnapshot snapshot;  // its ages are made when it is asked for
+    TimePoint heard;
+    TimePoint prefill_measured;  // when the number of samples last changed
+    TimePoint gap_measured;
+  };
   mutable std::mutex mutex_;  // innermost: nothing is called while it is held
-  std::map<std::string, WorkerSnapshot> snapshots_;
+  std::map<std::string, Known> known_;
   std::map<std::string, std::unordered_set<uint64_t>>
       cached_keys_;  // by address; as many as the worker has pages
   int streams_ = 0;  // whose Ended has not run

@@ -19,7 +19,9 @@ struct MembershipOptions {
   // DNS stops changes, never traffic: the last good answer stays.
   std::vector<std::string> workers;
   Duration resolve_every = std::chrono::seconds(5);
-  Duration watch_timeout = std::chrono::seconds(3);  // a watch stream silent for longer counts as lost
+  // A worker that says nothing for so long counts as lost: it says something every half second, however busy
+  // it is.
+  Duration watch_timeout = std::chrono::seconds(3);
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
 };
 
@@ -34,10 +36,12 @@ class Membership {
  public:
   static StatusOr<std::unique_ptr<Membership>> Create(const MembershipOptions& options);
   virtual ~Membership() = default;  // ends every stream
-  // Sorted by address; cached_tokens is for `query`.
+  // Sorted by address; cached_tokens is for `query`. `avoid` is not set.
   virtual std::vector<WorkerSnapshot> Snapshot(const CacheQuery& query = {}) const = 0;
   // The shared channel to a worker, known or not.
   virtual std::shared_ptr<grpc::Channel> ChannelTo(const std::string& address) = 0;
+  // The process of that epoch at that address speaks, and says that it computes.
+  virtual bool Alive(const std::string& address, uint64_t epoch) const = 0;
   // True once a worker of each needed kind was seen ready, now: (decode or both).
   virtual bool CanServe() const = 0;
 };

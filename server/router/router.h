@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/status.h"
+#include "server/router/speed.h"
 
 namespace millrace::server {
 
@@ -27,12 +29,23 @@ struct WorkerPath {
   double delay_seconds = 0;
 };
 
-// What the watch stream of one worker last said, plus whether that stream is alive.
+// How a prefill worker reaches one decode worker.
+struct WorkerLink {
+  uint64_t epoch = 0;  // of the decode worker
+  int32_t paths = 0;
+  int32_t paths_up = 0;
+};
+
+// What the watch stream of one worker last said, plus whether that stream is alive and what became of
+// requests.
 struct WorkerSnapshot {
   std::string address;  // host:port, numeric
   WorkerRole role = WorkerRole::kBoth;
   bool connected = false;  // the watch stream is alive
   bool ready = false;
+  bool stalled = false;           // it says of itself that it computes no further
+  bool avoid = false;             // it failed requests lately (WorkerHealth)
+  Duration silent = Duration(0);  // since it last said anything
   uint64_t epoch = 0;
   std::string model_name;
   std::string model_digest;
@@ -43,8 +56,11 @@ struct WorkerSnapshot {
   int32_t waiting = 0;
   int32_t running = 0;
   int32_t context_max = 0;
-  double prefill_tokens_per_second = 0;  // 0 = not measured yet
-  int32_t cached_tokens = 0;             // of the prompt that is to be routed: in the worker's prefix cache
+  Measured prefill_rate;            // tokens per second
+  Measured token_gap;               // seconds between two tokens of an answer
+  std::vector<std::string> avoids;  // decode: prefill workers that failed it lately
+  std::vector<WorkerLink> links;    // prefill: decode workers that it has written to
+  int32_t cached_tokens = 0;        // of the prompt that is to be routed: in the worker's prefix cache
   int32_t open_tickets = 0;
   int32_t draining_tickets = 0;
   int32_t transfers = 0;  // requests of its transfer engine that are under way
@@ -57,6 +73,7 @@ struct RouteRequest {
   // A decode worker that lacks the KV of no more than this many tokens of the prompt prefills by itself.
   int32_t local_prefill_tokens_max = 0;
   std::vector<std::string> exclude = {};  // addresses that failed this request already
+  std::string model_digest = {};  // an answer that has begun goes on with the same weights; empty: any
 };
 
 struct Route {
@@ -65,11 +82,14 @@ struct Route {
 };
 
 // Picks the decode worker with the least predicted load, where a prompt whose KV is there in full counts for
-// as much as two sequences less, and orders the prefill workers that are compatible with it (protocol
-// version, model digest, KV layout hash) by predicted time to first token: (tokens queued + prompt tokens
-// that are not cached there) over the measured rate. Ties go to the lower address, so equal snapshots give
-// equal routes. Unavailable, saying why ("no decode worker is ready: 2 known, 0 connected"), when nobody can
-// serve.
+// as much as two sequences less, and a worker whose answers come at less than half of its peers' pace has as
+// many times more to do. Orders the prefill workers that are compatible with it (protocol version, model
+// digest, KV layout hash) by predicted time to first token: (tokens queued + prompt tokens that are not
+// cached there) over the measured rate, longer as paths to the decode worker are down. Measured speeds count
+// as far as they are to be believed (speed.h). Who failed lately, has not been heard of for a while, or
+// reaches the decode worker on no path comes after all others, but before nobody. Ties go to the lower
+// address, so equal snapshots give equal routes. Unavailable, saying why ("no decode worker is ready: 2
+// known, 0 connected"), when nobody can serve.
 StatusOr<Route> PickRoute(std::span<const WorkerSnapshot> workers, const RouteRequest& request);
 
 }  // namespace millrace::server

@@ -16,7 +16,7 @@ namespace millrace::server {
 namespace rpc = ::millrace::worker::v1;  // generated messages
 
 // Workers pair only with equals.
-inline constexpr uint32_t kProtocolVersion = 3;
+inline constexpr uint32_t kProtocolVersion = 4;
 
 // A request for the engine, deadline = now + timeout_us. InvalidArgument names the field.
 StatusOr<engine::EngineRequest> RequestFromProto(const rpc::GenerateRequest& message, engine::RequestId id,

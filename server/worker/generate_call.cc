@@ -1,6 +1,7 @@
 #include "server/worker/generate_call.h"
 
 #include <optional>
+#include <utility>
 
 #include "base/log.h"
 #include "server/rpc/channel.h"
@@ -62,6 +63,7 @@ class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
   Status GenerateHere();
   Status ImportFrom(const std::string& address);
   std::optional<std::string> NextPrefillWorker();
+  void JudgePrefillWorker(const Status& outcome);
   void OnEngineToken(uint64_t run, const engine::TokenEvent& event);
   void OnEngineError(uint64_t run, const Status& status);
   void Deliver(const engine::TokenEvent& event);
@@ -83,11 +85,14 @@ class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
   // give the next pages of a sequence, and those of the failed run stay with its ticket until it has drained.
   uint64_t run_ = 0;
   std::shared_ptr<ImportAttempt>
-      attempt_;  // null when the engine needs nobody else; shared with its callbacks
-  int32_t prefill_tried_ = 0;
+      attempt_;                 // null when the engine needs nobody else; shared with its callbacks
+  int32_t prefill_next_ = 0;    // index in the request's list
+  int32_t prefill_tried_ = 0;   // attempts
+  std::string prefill_worker_;  // of the attempt; empty when there is none, or it has been judged
   bool prefill_here_ = false;
 
   int32_t next_index_ = 0;    // number of the next token to send
+  TimePoint token_at_{};      // when the engine made the last one; for the gap to the next
   int32_t first_token_ = -1;  // token id that was sent as the first
   bool phases_sent_ = false;
   bool ended_ = false;
@@ -123,7 +128,12 @@ void GenerateCall::Begin() {
 Status GenerateCall::Admit() {
   const WorkerOptions& options = context_->options;
   if (context_->draining) return Unavailable("the worker is shutting down");
-  if (options.role == WorkerRole::kPrefill) return FailedPrecondition("a prefill worker does not generate");
+  if (context_->stalled) return Unavailable("the worker computes no further");
+  if (request_.protocol_version() != kProtocolVersion) {
+    return FailedPrecondition("the caller speaks protocol {}, the worker {}", request_.protocol_version(),
+                              kProtocolVersion);
+  }
+  if (context_->role == WorkerRole::kPrefill) return FailedPrecondition("a prefill worker does not generate");
   if (request_.model_digest() != options.model_digest) {
     return FailedPrecondition("the request is for model {}, the worker has {}", request_.model_digest(),
                               options.model_digest);
@@ -140,10 +150,30 @@ Status GenerateCall::Admit() {
   return OkStatus();
 }
 
+// Those that failed this worker lately are passed over; when nobody is left, it prefills itself.
 std::optional<std::string> GenerateCall::NextPrefillWorker() {
-  if (prefill_tried_ >= std::min(request_.prefill_size(), context_->options.prefill_attempts_max))
-    return std::nullopt;
-  return request_.prefill(prefill_tried_++);
+  while (prefill_next_ < request_.prefill_size() && prefill_tried_ < context_->options.prefill_attempts_max) {
+    const std::string& address = request_.prefill(prefill_next_++);
+    if (!context_->prefill_health.Allows(address)) continue;
+    ++prefill_tried_;
+    return address;
+  }
+  return std::nullopt;
+}
+
+void GenerateCall::JudgePrefillWorker(const Status& outcome) {
+  if (prefill_worker_.empty()) return;
+  const std::string address = std::exchange(prefill_worker_, {});
+  WorkerHealth& health = context_->prefill_health;
+  if (outcome.ok()) {
+    health.Succeeded(address);
+  } else if (outcome.code() == absl::StatusCode::kResourceExhausted ||
+             outcome.code() == absl::StatusCode::kCancelled ||
+             outcome.code() == absl::StatusCode::kDeadlineExceeded) {
+    health.Neither(address);  // full, or nobody waits any more
+  } else {
+    health.Failed(address);
+  }
 }
 
 std::unique_ptr<GenerateCall::Sink> GenerateCall::NewRun() {
@@ -160,6 +190,8 @@ Status GenerateCall::GenerateHere() {
 Status GenerateCall::ImportFrom(const std::string& address) {
   std::unique_ptr<Sink> sink = NewRun();
   MR_RETURN_IF_ERROR(context_->engine->BeginImport(native_, std::move(sink)));
+  prefill_worker_ = address;
+  context_->prefill_health.Begin(address);
   attempt_ = ImportAttempt::Start(context_, this, {address, native_.id, request_, native_.deadline});
   return OkStatus();
 }
@@ -167,13 +199,15 @@ Status GenerateCall::ImportFrom(const std::string& address) {
 void GenerateCall::OnFirstToken(const engine::TokenEvent& first) { Deliver(first); }
 
 void GenerateCall::OnImported(const AttemptTimes& times) {
-  const std::string address = request_.prefill(prefill_tried_ - 1);
+  const std::string address = prefill_worker_;
+  JudgePrefillWorker(OkStatus());
   attempt_.reset();
   SendPhases(times.granted - begun_, times.first_token - std::min(times.granted, times.first_token),
              times.committed - times.first_token, address);
 }
 
 void GenerateCall::OnAttemptFailed(const Status& status) {
+  JudgePrefillWorker(status);
   attempt_.reset();
   if (ended_) return;
   const std::optional<std::string> next = NextPrefillWorker();
@@ -189,6 +223,9 @@ void GenerateCall::OnAttemptFailed(const Status& status) {
 
 void GenerateCall::OnEngineToken(uint64_t run, const engine::TokenEvent& event) {
   if (ended_ || run != run_) return;
+  const TimePoint now = Now();
+  if (token_at_ != TimePoint{}) context_->speed.OnTokenGap(now - token_at_);
+  token_at_ = now;
   if (prefill_here_ && !phases_sent_) SendPhases(Duration(0), Now() - begun_, Duration(0), "");
   Deliver(event);
 }
@@ -206,7 +243,7 @@ void GenerateCall::Deliver(const engine::TokenEvent& event) {
     if (event.token.token == first_token_) return;
     LogError("request {}: two workers sampled different first tokens", request_.request_id());
     return End(
-        Internal("two workers sampled different first tokens ({} and {})", first_token_, event.token.token));
+        DataLoss("two workers sampled different first tokens ({} and {})", first_token_, event.token.token));
   }
   if (event.index != next_index_)
     return End(Internal("token {} came instead of {}", event.index, next_index_));
@@ -247,6 +284,7 @@ void GenerateCall::End(const Status& status) {
   if (deadline_timer_.has_value()) context_->control.CancelTimer(*deadline_timer_);
   if (run_ > 0) context_->engine->Cancel(native_.id);  // nothing when it ended by itself
   if (const auto attempt = std::move(attempt_); attempt != nullptr) attempt->Abandon();
+  JudgePrefillWorker(Cancelled("abandoned"));
   context_->calls.erase(this);
   context_->metrics.OnRequest("generate", status);
   writer_.Finish();

@@ -56,6 +56,8 @@ void ImportAttempt::OpenStream() {
   start->set_region(context_->region);
   start->set_num_pages(static_cast<uint32_t>(context_->layout.num_pages));
   start->set_layout_hash(context_->layout_hash);
+  start->set_protocol_version(kProtocolVersion);
+  start->set_epoch(context_->transfer->epoch());
   start->set_first_page(static_cast<uint32_t>(first_page_));
   stream_ = PrefillStream::Open(context_, params_.address, params_.deadline, std::move(command),
                                 shared_from_this());
@@ -281,7 +283,11 @@ void ImportAttempt::Watchdog() {
   if (pages_.empty()) Progress();
   const TimePoint limit = progress_at_ + PatienceNow();
   if (Now() >= limit) {
-    return Fail(Unavailable("no progress for {:.1f} s", Seconds(Now() - progress_at_)));
+    const double silent = Seconds(Now() - progress_at_);
+    // Pages that this engine has not: nothing against P.
+    if (accepted_ && grants_.size() < grants_requested_)
+      return Fail(ResourceExhausted("no pages for the rest of the prompt for {:.1f} s", silent));
+    return Fail(Unavailable("no progress for {:.1f} s", silent));
   }
   const TimePoint look = std::min<TimePoint>(limit, Now() + std::chrono::seconds(1));
   context_->control.PostAt(look, [weak = weak_from_this()] {

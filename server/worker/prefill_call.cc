@@ -157,7 +157,12 @@ Status PrefillCall::CheckStart(const rpc::PrefillCommand::Start& start) const {
   const WorkerOptions& options = context_->options;
   if (started_) return InvalidArgument("started twice");
   if (context_->draining) return Unavailable("the worker is shutting down");
-  if (options.role == WorkerRole::kDecode)
+  if (context_->stalled) return Unavailable("the worker computes no further");
+  if (start.protocol_version() != kProtocolVersion) {
+    return FailedPrecondition("the caller speaks protocol {}, the worker {}", start.protocol_version(),
+                              kProtocolVersion);
+  }
+  if (context_->role == WorkerRole::kDecode)
     return FailedPrecondition("a decode worker does not prefill for others");
   if (start.request().model_digest() != options.model_digest) {
     return FailedPrecondition("the request is for model {}, the worker has {}",
@@ -180,6 +185,7 @@ Status PrefillCall::OnStart(const rpc::PrefillCommand::Start& start) {
                       RequestFromProto(start.request(), context_->NextId(), begun_));
   MR_RETURN_IF_ERROR(context_->Constrain(&request.sampling));
   MR_ASSIGN_OR_RETURN(peer_, context_->transfer->Open(start.transfer_descriptor()));
+  context_->decode_workers.Note(peer_, start.epoch());
   id_ = request.id;
   deadline_ = request.deadline;
   priority_ = request.priority;
@@ -317,7 +323,7 @@ void PrefillCall::SayGrantsUsed() {
 
 void PrefillCall::OnToken(const engine::TokenEvent& event) {
   if (ended_) return;
-  context_->prefill_rate.OnPrefill(num_tokens_ - event.cached_tokens, begun_, Now());
+  context_->speed.OnPrefill(num_tokens_ - event.cached_tokens, begun_, Now());
   token_sent_ = true;
   rpc::PrefillEvent message;
   TokenToProto(event, message.mutable_first_token());

@@ -1,5 +1,7 @@
 #include "server/worker/watch_call.h"
 
+#include <map>
+
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
 #include "server/rpc/stream_writer.h"
@@ -8,7 +10,7 @@ namespace millrace::server {
 namespace {
 
 constexpr Duration kLookEvery = std::chrono::milliseconds(100);
-constexpr Duration kSayEvery = std::chrono::seconds(1);
+constexpr Duration kSayEvery = std::chrono::milliseconds(500);
 
 TimePoint Now() { return std::chrono::steady_clock::now(); }
 
@@ -24,10 +26,27 @@ rpc::Role RoleToProto(WorkerRole role) {
   return rpc::ROLE_UNSPECIFIED;
 }
 
+// Paths to the decode workers that this one has written to. One that has never been up may be none that can
+// be.
+void AddLinks(const std::map<transfer::PeerId, uint64_t>& epochs, const transfer::Snapshot& snapshot,
+              rpc::WorkerState* state) {
+  std::map<uint64_t, rpc::WorkerLink> links;
+  for (const transfer::PathSnapshot& path : snapshot.paths) {
+    const auto epoch = epochs.find(path.peer);
+    const bool up = path.state == "up" || path.state == "suspect" || path.state == "probation";
+    if (epoch == epochs.end() || path.kind == "control" || (!up && path.trips == 0)) continue;
+    rpc::WorkerLink& link = links[epoch->second];
+    link.set_epoch(epoch->second);
+    link.set_paths(link.paths() + 1);
+    link.set_paths_up(link.paths_up() + (up ? 1 : 0));
+  }
+  for (auto& [epoch, link] : links) *state->add_links() = std::move(link);
+}
+
 rpc::WorkerState StateOf(const WorkerContext& context) {
   const engine::EngineStats stats = context.engine->Stats();
   rpc::WorkerState state;
-  state.set_role(RoleToProto(context.options.role));
+  state.set_role(RoleToProto(context.role));
   state.set_epoch(context.transfer->epoch());
   state.set_model_name(context.options.model_name);
   state.set_model_digest(context.options.model_digest);
@@ -39,8 +58,14 @@ rpc::WorkerState StateOf(const WorkerContext& context) {
   state.set_waiting(stats.waiting);
   state.set_running(stats.running);
   state.set_context_max(context.engine->config().max_position);
-  state.set_ready(!context.draining);
-  state.set_prefill_tokens_per_second(context.prefill_rate.tokens_per_second());
+  state.set_ready(context.ready());
+  state.set_stalled(context.stalled);
+  const WorkerSpeed::Report speed = context.speed.report();
+  state.set_prefill_tokens_per_second(speed.prefill_tokens_per_second);
+  state.set_prefill_samples(speed.prefill_samples);
+  state.set_token_gap_seconds(speed.token_gap_seconds);
+  state.set_token_gap_samples(speed.token_gap_samples);
+  for (std::string& address : context.prefill_health.Avoided()) state.add_avoids(std::move(address));
   return state;
 }
 
@@ -71,7 +96,7 @@ void AddPathFigures(const transfer::Snapshot& snapshot, rpc::WorkerState* state)
   }
 }
 
-// Control thread, but for gRPC's callbacks, which only post. Shared by gRPC (until OnDone) and the tasks on
+// Heartbeat thread, but for gRPC's callbacks, which only post. Shared by gRPC (until OnDone) and the tasks on
 // their way.
 class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
                         public WorkerCall,
@@ -85,31 +110,31 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
 
   void Open() {
     self_ = shared_from_this();
-    context_->control.Post([self = self_] {
+    context_->heartbeat.Post([self = self_] {
       if (self->ended_) return;
-      self->context_->calls.insert(self.get());
+      self->context_->watch_calls.insert(self.get());
       self->Look();
     });
   }
 
   void OnWriteDone(bool ok) override {
-    context_->control.Post([self = shared_from_this(), ok] {
+    context_->heartbeat.Post([self = shared_from_this(), ok] {
       if (!ok) self->Abort(Cancelled("the watcher is gone"));
       self->writer_.OnWritten();
     });
   }
   void OnCancel() override {
-    context_->control.Post([self = shared_from_this()] { self->Abort(Cancelled("the watcher is gone")); });
+    context_->heartbeat.Post([self = shared_from_this()] { self->Abort(Cancelled("the watcher is gone")); });
   }
   void OnDone() override {
-    context_->control.Post([self = std::move(self_)] {});
+    context_->heartbeat.Post([self = std::move(self_)] {});
   }
 
   void Abort(const Status& status) override {
     if (ended_) return;
     ended_ = true;
     outcome_ = status;
-    context_->calls.erase(this);
+    context_->watch_calls.erase(this);
     writer_.Discard();
     writer_.Finish();
   }
@@ -122,6 +147,7 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
       rpc::WorkerState state = StateOf(*context_);
       const transfer::Snapshot paths = context_->transfer->TakeSnapshot();
       AddPaths(paths, &state);
+      AddLinks(context_->decode_workers.Of(paths.paths), paths, &state);
       std::string bytes = state.SerializeAsString();
       const bool cache_changed = AddCacheChanges(&state);
       if (cache_changed || bytes != said_ || Now() - said_at_ >= kSayEvery) {
@@ -131,7 +157,7 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
         writer_.Push(std::move(state));
       }
     }
-    context_->control.PostAt(Now() + kLookEvery, [weak = weak_from_this()] {
+    context_->heartbeat.PostAt(Now() + kLookEvery, [weak = weak_from_this()] {
       if (const auto self = weak.lock(); self != nullptr) self->Look();
     });
   }

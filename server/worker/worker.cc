@@ -4,6 +4,8 @@
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 
+#include <future>
+#include <unordered_set>
 #include <vector>
 
 #include "base/log.h"
@@ -17,7 +19,26 @@
 namespace millrace::server {
 namespace {
 
+constexpr Duration kLookEvery = std::chrono::milliseconds(250);
+
 TimePoint Now() { return std::chrono::steady_clock::now(); }
+
+// An idle worker takes another role. Control thread.
+Status SetRole(WorkerContext* context, rpc::Role role) {
+  if (!rpc::Role_IsValid(role) || role == rpc::ROLE_UNSPECIFIED) return InvalidArgument("role: unknown");
+  if (context->draining) return Unavailable("the worker is shutting down");
+  const engine::EngineStats stats = context->engine->Stats();
+  if (!context->calls.empty() || stats.waiting + stats.running + stats.tickets > 0) {
+    return FailedPrecondition(
+        "the worker serves {} calls and holds {} tickets; its role changes when it is idle",
+        context->calls.size(), stats.tickets);
+  }
+  context->role = role == rpc::PREFILL  ? WorkerRole::kPrefill
+                  : role == rpc::DECODE ? WorkerRole::kDecode
+                                        : WorkerRole::kBoth;
+  LogInfo("worker: its role is {} now", rpc::Role_Name(role));
+  return OkStatus();
+}
 
 class Service final : public rpc::Worker::CallbackService {
  public:
@@ -34,6 +55,14 @@ class Service final : public rpc::Worker::CallbackService {
   grpc::ServerWriteReactor<rpc::WorkerState>* Watch(grpc::CallbackServerContext* /*call*/,
                                                     const rpc::WatchRequest* /*request*/) override {
     return OpenWatchCall(context_);
+  }
+  grpc::ServerUnaryReactor* SetRole(grpc::CallbackServerContext* call, const rpc::SetRoleRequest* request,
+                                    rpc::SetRoleReply* /*reply*/) override {
+    grpc::ServerUnaryReactor* const reactor = call->DefaultReactor();
+    context_->control.Post([this, reactor, role = request->role()] {
+      reactor->Finish(ToGrpc(server::SetRole(context_, role)));
+    });
+    return reactor;
   }
 
  private:
@@ -61,7 +90,9 @@ class RunningWorker final : public Worker {
     builder.RegisterService(&service_);
     MR_ASSIGN_OR_RETURN(server_, StartServer(&builder, context_.options.listen,
                                              grpc::InsecureServerCredentials(), &address_));
-    SetHealthy(true);
+    SetHealthy();
+    control_answered_ = Now();
+    context_.heartbeat.Post([this] { Look(); });
     return OkStatus();
   }
 
@@ -70,10 +101,17 @@ class RunningWorker final : public Worker {
   void Shutdown(Duration grace) override {
     std::lock_guard lock(shutdown_mutex_);
     if (server_ == nullptr) return;
-    SetHealthy(false);
-    context_.control.Post([this] { context_.draining = true; });
+    context_.draining = true;
+    SetHealthy();
     context_.active->WaitZero(Now() + grace);
-    context_.control.Post([this] { AbortCalls(); });
+    context_.control.Post([this] { AbortCalls(context_.calls, "the worker is shutting down"); });
+    std::promise<void> not_looking;  // the watchdog uses the server
+    context_.heartbeat.Post([this, &not_looking] {
+      looking_ = false;
+      AbortCalls(context_.watch_calls, "the worker is shutting down");
+      not_looking.set_value();
+    });
+    not_looking.get_future().wait();
     // Breaks what has not ended by then, for instance towards a client that does not read.
     server_->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(1));
     server_->Wait();
@@ -87,15 +125,44 @@ class RunningWorker final : public Worker {
   }
 
  private:
-  void SetHealthy(bool healthy) {
+  void SetHealthy() {
     grpc::HealthCheckServiceInterface* const health = server_->GetHealthCheckService();
-    health->SetServingStatus("", healthy);
-    health->SetServingStatus(rpc::Worker::service_full_name(), healthy);
+    health->SetServingStatus("", context_.ready());
+    health->SetServingStatus(rpc::Worker::service_full_name(), context_.ready());
   }
 
-  void AbortCalls() {
-    const std::vector<WorkerCall*> calls(context_.calls.begin(), context_.calls.end());
-    for (WorkerCall* call : calls) call->Abort(Unavailable("the worker is shutting down"));
+  // On the thread that owns the calls.
+  static void AbortCalls(const std::unordered_set<WorkerCall*>& running, const char* why) {
+    const std::vector<WorkerCall*> calls(running.begin(), running.end());
+    for (WorkerCall* call : calls) call->Abort(Unavailable("{}", why));
+  }
+
+  // The watchdog, on the heartbeat thread: steps end, and the control thread answers.
+  void Look() {
+    if (!looking_) return;
+    const TimePoint now = Now();
+    if (!control_asked_) {
+      control_asked_ = true;
+      context_.control.Post([this] {
+        // At each look, not once: a call may have come in between.
+        if (context_.stalled) AbortCalls(context_.calls, "the worker computes no further");
+        context_.heartbeat.Post([this] {
+          control_asked_ = false;
+          control_answered_ = Now();
+        });
+      });
+    }
+    const Duration stall_max = context_.options.stall_max;
+    const bool engine_stalled = !context_.engine->MakingProgress(stall_max);
+    const bool stalled = engine_stalled || now - control_answered_ > stall_max;
+    if (stalled != context_.stalled) {
+      context_.stalled = stalled;
+      SetHealthy();
+      LogWarning("worker: {}", !stalled         ? "computes again"
+                               : engine_stalled ? "the engine's step does not end"
+                                                : "the control thread does not answer");
+    }
+    context_.heartbeat.PostAt(now + kLookEvery, [this] { Look(); });
   }
 
   WorkerContext context_;
@@ -103,12 +170,18 @@ class RunningWorker final : public Worker {
   std::unique_ptr<grpc::Server> server_;
   std::string address_;
   std::mutex shutdown_mutex_;
+
+  // Heartbeat thread.
+  bool looking_ = true;
+  bool control_asked_ = false;
+  TimePoint control_answered_;
 };
 
 }  // namespace
 
 StatusOr<std::unique_ptr<Worker>> Worker::Start(const WorkerOptions& options, engine::Engine* engine,
                                                 transfer::Transfer* transfer) {
+  if (options.stall_max <= Duration(0)) return InvalidArgument("stall_max: not positive");
   if (options.grant_pages < 1) return InvalidArgument("grant_pages: less than 1");
   if (options.prefill_attempts_max < 1) return InvalidArgument("prefill_attempts_max: less than 1");
   MR_ASSIGN_OR_RETURN(const transfer::RegionId region,

@@ -15,13 +15,16 @@
 namespace millrace::server {
 
 struct WorkerOptions {
-  WorkerRole role = WorkerRole::kBoth;
-  std::string listen = "127.0.0.1:0";  // gRPC
+  WorkerRole role = WorkerRole::kBoth;  // to begin with
+  std::string listen = "127.0.0.1:0";   // gRPC
   std::string model_name;
   std::string model_digest;
   int32_t grant_pages = 8;  // pages per grant (a chunk of the prompt); window of two grants in flight
   int32_t prefill_attempts_max = 3;  // P workers tried before D prefills itself
-  Duration drain_timeout = std::chrono::seconds(30);
+  // The engine may spend so long in one step. Then the worker counts itself as stalled: what it runs is
+  // aborted, so that it goes on elsewhere, and it is not ready until a step ends. Longer than the slowest
+  // step there is.
+  Duration stall_max = std::chrono::seconds(60);
   Metrics* metrics = nullptr;  // may be null; outlives the worker
   const engine::Tokenizer* tokenizer =
       nullptr;  // for constrained answers, which are refused without; outlives it

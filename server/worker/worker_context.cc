@@ -18,14 +18,46 @@ bool ActiveCount::WaitZero(TimePoint deadline) {
   return zero_.wait_until(lock, deadline, [this] { return count_ == 0; });
 }
 
-void PrefillRate::OnPrefill(int32_t tokens, TimePoint begin, TimePoint end) {
+void WorkerSpeed::OnPrefill(int32_t tokens, TimePoint begin, TimePoint end) {
   constexpr double kKeep = 0.8;
+  std::lock_guard lock(mutex_);
   // Prompts that overlap share the engine: the time since the last one ended belongs to this one.
   const double seconds = Seconds(end - std::max(begin, last_end_));
   last_end_ = end;
   if (seconds <= 0) return;
   tokens_ = kKeep * tokens_ + tokens;
   seconds_ = kKeep * seconds_ + seconds;
+  report_.prefill_tokens_per_second = tokens_ / seconds_;
+  ++report_.prefill_samples;
+}
+
+void WorkerSpeed::OnTokenGap(Duration gap) {
+  constexpr double kKeep = 0.95;
+  std::lock_guard lock(mutex_);
+  double& mean = report_.token_gap_seconds;
+  mean = report_.token_gap_samples == 0 ? Seconds(gap) : kKeep * mean + (1 - kKeep) * Seconds(gap);
+  ++report_.token_gap_samples;
+}
+
+void PeerEpochs::Note(transfer::PeerId peer, uint64_t epoch) {
+  std::lock_guard lock(mutex_);
+  epochs_[peer] = epoch;
+}
+
+std::map<transfer::PeerId, uint64_t> PeerEpochs::Of(const std::vector<transfer::PathSnapshot>& paths) {
+  std::lock_guard lock(mutex_);
+  std::map<transfer::PeerId, uint64_t> known;
+  for (const transfer::PathSnapshot& path : paths) {
+    const auto found = epochs_.find(path.peer);
+    if (found != epochs_.end()) known.insert(*found);
+  }
+  epochs_ = known;
+  return known;
+}
+
+WorkerSpeed::Report WorkerSpeed::report() const {
+  std::lock_guard lock(mutex_);
+  return report_;
 }
 
 WorkerContext::WorkerContext(const WorkerOptions& worker_options, engine::Engine* worker_engine,
@@ -41,7 +73,8 @@ WorkerContext::WorkerContext(const WorkerOptions& worker_options, engine::Engine
       channels(std::make_unique<ChannelPool>(grpc::InsecureChannelCredentials())),
       grammars(options.tokenizer == nullptr ? nullptr
                                             : std::make_unique<engine::GrammarCache>(*options.tokenizer)),
-      metrics(options.metrics) {}
+      metrics(options.metrics),
+      role(options.role) {}
 
 WorkerContext::~WorkerContext() = default;
 

@@ -5,16 +5,20 @@
 // it. So calls have no locks, and nothing is ever called while one is held. Its tasks are bounded by the
 // running calls times what each may have outstanding (tokens, pieces, one read and one write per stream).
 
+#include <atomic>
 #include <condition_variable>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <string>
 #include <unordered_set>
 #include <utility>
+#include <vector>
 
 #include "engine/core/engine.h"
 #include "engine/grammar/grammar_mask.h"
+#include "server/router/worker_health.h"
 #include "server/rpc/task_thread.h"
 #include "server/worker/worker.h"
 #include "server/worker/worker_metrics.h"
@@ -49,23 +53,44 @@ class ActiveGuard {
   const std::shared_ptr<ActiveCount> count_;
 };
 
-// A call that a client opened. Control thread.
+// A call that a client opened. Control thread; watch streams: heartbeat thread.
 class WorkerCall {
  public:
   virtual ~WorkerCall() = default;
   virtual void Abort(const Status& status) = 0;  // ends now; nothing when it has ended
 };
 
-// Tokens per second that prefill reaches, over the time in which it was busy. Control thread.
-class PrefillRate {
+// How fast this worker is, as it measures itself. Thread-safe.
+class WorkerSpeed {
  public:
+  struct Report {
+    double prefill_tokens_per_second = 0;  // over the time in which prefill was busy; 0 = not yet
+    uint64_t prefill_samples = 0;
+    double token_gap_seconds = 0;  // between two tokens of an answer; 0 = not yet
+    uint64_t token_gap_samples = 0;
+  };
   void OnPrefill(int32_t tokens, TimePoint begin, TimePoint end);
-  double tokens_per_second() const { return seconds_ > 0 ? tokens_ / seconds_ : 0; }
+  void OnTokenGap(Duration gap);
+  Report report() const;
 
  private:
+  mutable std::mutex mutex_;
   double tokens_ = 0;  // both decay, so that recent prompts count most and long ones more than short ones
   double seconds_ = 0;
   TimePoint last_end_;
+  Report report_;
+};
+
+// Which process a peer of the transfer engine is. Thread-safe.
+class PeerEpochs {
+ public:
+  void Note(transfer::PeerId peer, uint64_t epoch);
+  // Of the peers of `paths`; forgets all others.
+  std::map<transfer::PeerId, uint64_t> Of(const std::vector<transfer::PathSnapshot>& paths);
+
+ private:
+  std::mutex mutex_;
+  std::map<transfer::PeerId, uint64_t> epochs_;
 };
 
 struct WorkerContext {
@@ -92,13 +117,24 @@ struct WorkerContext {
   const std::shared_ptr<ActiveCount> active = std::make_shared<ActiveCount>();    // calls, attempts, streams
   const std::shared_ptr<ActiveCount> watchers = std::make_shared<ActiveCount>();  // watch streams
 
-  // Control thread.
-  bool draining = false;
-  std::unordered_set<WorkerCall*> calls;
-  PrefillRate prefill_rate;
-  engine::RequestId next_id = 1;
+  WorkerSpeed speed;
+  PeerEpochs decode_workers;          // that this one has written to
+  WorkerHealth prefill_health;        // of the prefill workers that this one asks
+  std::atomic<WorkerRole> role;       // changed by the control thread, while nothing runs
+  std::atomic<bool> draining{false};  // set once
+  std::atomic<bool> stalled{false};   // set by the heartbeat thread
+  bool ready() const { return !draining && !stalled; }
 
-  TaskThread digest{"digest"};   // reads pages, nothing else; one task per (layer, chunk) or per seal
+  // Control thread.
+  std::unordered_set<WorkerCall*> calls;
+  engine::RequestId next_id = 1;
+  // Heartbeat thread.
+  std::unordered_set<WorkerCall*> watch_calls;
+
+  TaskThread digest{"digest"};  // reads pages, nothing else; one task per (layer, chunk) or per seal
+  // Says how the worker is, whatever the others do: watch streams and the watchdog. One task per stream and
+  // look.
+  TaskThread heartbeat{"heartbeat"};
   TaskThread control{"worker"};  // last, so that it ends first
 };
 

@@ -203,10 +203,10 @@ def stream(address, body, path="/v1/completions", timeout=60):
         connection.close()
 
 
-def open_request(address, body, path="/v1/completions"):
+def open_request(address, body, path="/v1/completions", timeout=None):
     """A request whose answer nobody has read yet: the socket."""
     host, port = address.rsplit(":", 1)
-    connection = socket.create_connection((host, int(port)))
+    connection = socket.create_connection((host, int(port)), timeout)
     payload = json.dumps(body).encode()
     connection.sendall(f"POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n"
                        f"content-length: {len(payload)}\r\n\r\n".encode() + payload)

@@ -14,6 +14,13 @@ def ip(*args):
     return subprocess.run(["ip", *map(str, args)], capture_output=True, text=True, check=True).stdout
 
 
+def enter(namespace):
+    """The calling thread, and threads that it starts, live in that namespace from now on."""
+    with open(f"/var/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+
 class Pair:
     """Side 0 and side 1; link l joins 10.77.l.1 and 10.77.l.2. Skips the test where namespaces are not permitted."""
 
@@ -57,11 +64,8 @@ class Pair:
         outcome = {}
 
         def enter_and_run():
-            with open(f"/var/run/netns/{self.names[side]}") as namespace:
-                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) != 0:
-                    outcome["error"] = OSError(ctypes.get_errno(), "setns")
-                    return
             try:
+                enter(self.names[side])
                 outcome["result"] = call()
             except BaseException as error:  # carried to the caller's thread
                 outcome["error"] = error

@@ -1,6 +1,9 @@
 """Clients that leave, in every phase of a request: all that the request held comes back on both roles."""
 
+import os
+import pathlib
 import random
+import re
 import time
 
 import pytest
@@ -141,18 +144,34 @@ def test_request_timeout(roles, make_prompt):
     roles.assert_back()
 
 
+def resident_kib(process):
+    status = pathlib.Path(f"/proc/{process.popen.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1))
+
+
 def test_many_leave_at_random(roles, make_prompt):
+    """MILLRACE_ABORTS: how many. In a long run no process may grow after its first quarter."""
     rng = random.Random(20)
-    open_connections = []
-    for i in range(40):
-        open_connections.append(roles.open(make_prompt(rng.choice((1, 64, 300, 3000)), i), rng.random() < 0.5, 400))
-        time.sleep(rng.random() * 0.02)
-        if len(open_connections) > 6:
+    count = int(os.environ.get("MILLRACE_ABORTS", 40))
+    processes = [roles.gateway, *roles.workers["prefill"], *roles.workers["decode"]]
+    prompts = [make_prompt(length, i) for length in (1, 64, 300, 3000) for i in range(16)]
+    open_connections, resident, begun = [], [], time.monotonic()
+    for i in range(count):
+        body = {"prompt": rng.choice(prompts), "max_tokens": 400, "ignore_eos": True, "stream": rng.random() < 0.5}
+        open_connections.append(harness.open_request(roles.address, body))
+        if count < 1000 or i % 16 == 0:
+            time.sleep(rng.random() * 0.02)
+        while len(open_connections) > rng.randrange(1, 12):
             open_connections.pop(rng.randrange(len(open_connections))).close()
+        if count >= 1000 and (i + 1) % (count // 8) == 0:
+            resident.append([resident_kib(process) for process in processes])
+            print(f"{i + 1} left after {time.monotonic() - begun:.0f} s; resident MiB {[r // 1024 for r in resident[-1]]}", flush=True)
     for connection in open_connections:
         connection.close()
-    roles.assert_back(seconds=5)
+    roles.assert_back(seconds=60)
     assert harness.complete(roles.address, make_prompt(300), max_tokens=3)[1]
+    for before, after in zip(resident[1], resident[-1]) if resident else ():
+        assert after < 1.1 * before + 8 * 1024, f"KiB resident: {resident}"
 
 
 def test_the_gateway_dies(roles, logs, long_model, make_prompt):

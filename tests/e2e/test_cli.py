@@ -15,6 +15,7 @@ FLAGS = {
     "worker": ["--role", "--listen", "--rail", "--metrics-listen", "--grant-pages", "--kv-memory", "--config"],
     "chat": ["--url", "--system", "--prompt", "--temperature", "--max-tokens"],
     "inspect": ["--model"],
+    "role": ["worker", "prefill, decode or both"],
     "doctor": ["--require", "--memory", "--listen", "--peer", "--json"],
     "transfer-bench": ["--target", "--connect", "--rail", "--block", "--batch", "--threads", "--check", "--fault", "--json"],
 }

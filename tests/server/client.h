@@ -87,6 +87,7 @@ inline rpc::GenerateRequest Request(int32_t prompt_tokens, const std::vector<std
                                     int32_t max_tokens = 6) {
   rpc::GenerateRequest request;
   request.set_request_id("test");
+  request.set_protocol_version(kProtocolVersion);
   for (int32_t i = 0; i < prompt_tokens; ++i) request.add_prompt((i * 7 + prompt_tokens) % 999);
   engine::SamplingParams params;
   params.seed = 11;

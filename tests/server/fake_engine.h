@@ -44,7 +44,8 @@ class FakeEngine final : public engine::Engine {
   std::atomic<bool> token_paused = false;    // before the first token
   std::atomic<bool> decode_paused = false;
   std::atomic<bool> grants_paused = false;
-  std::atomic<bool> full = false;  // refuses new requests
+  std::atomic<bool> stalled = false;  // as its watchdog sees it
+  std::atomic<bool> full = false;     // refuses new requests
   std::atomic<int32_t> first_token_shift = 0;
   engine::CacheLog cache_log;
   std::atomic<int32_t> prefills = 0;  // begun here, for oneself or for others
@@ -98,7 +99,7 @@ class FakeEngine final : public engine::Engine {
   engine::CacheChanges CacheChangesSince(uint64_t position) const override {
     return cache_log.Since(position);
   }
-  bool MakingProgress(Duration) const override { return true; }
+  bool MakingProgress(Duration) const override { return !stalled; }
   const engine::ModelConfig& config() const override { return config_; }
   const engine::KvLayout& kv_layout() const override { return layout_; }
   std::span<std::byte> kv_memory() override { return memory_; }
