@@ -1,6 +1,7 @@
 """Two network namespaces joined by veth pairs."""
 
 import ctypes
+import itertools
 import os
 import subprocess
 import threading
@@ -8,6 +9,7 @@ import threading
 import pytest
 
 CLONE_NEWNET = 0x40000000
+_pairs = itertools.count()
 
 
 def ip(*args):
@@ -26,7 +28,8 @@ class Pair:
 
     def __init__(self, links):
         self.links = links
-        self.names = [f"millrace-{os.getpid()}-{side}" for side in range(2)]
+        pair = next(_pairs)  # a process may have several
+        self.names = [f"millrace-{os.getpid()}-{pair}-{side}" for side in range(2)]
 
     def __enter__(self):
         try:
