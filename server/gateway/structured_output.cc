@@ -1,5 +1,11 @@
 #include "server/gateway/structured_output.h"
 
+#include <algorithm>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/digest.h"
 #include "engine/grammar/automaton.h"
 #include "engine/grammar/constraint.h"
 
@@ -82,6 +88,40 @@ std::optional<ApiError> FromStructuredOutputs(const OrderedJson& body, Wanted* w
   return std::nullopt;
 }
 
+// The digests of the constraints that were found good last. Compiling one takes up to some tenths of a
+// second, and clients send the same one with every request; workers keep what they compiled themselves.
+// Thread-safe.
+class KnownGood {
+ public:
+  bool Has(const std::string& digest) {
+    const std::lock_guard lock(mutex_);
+    const auto found = std::find(digests_.begin(), digests_.end(), digest);
+    if (found == digests_.end()) return false;
+    std::rotate(found, found + 1, digests_.end());
+    return true;
+  }
+  void Add(std::string digest) {
+    const std::lock_guard lock(mutex_);
+    if (digests_.size() >= kKept) digests_.erase(digests_.begin());
+    digests_.push_back(std::move(digest));
+  }
+
+ private:
+  static constexpr size_t kKept = 256;
+  std::mutex mutex_;
+  std::vector<std::string> digests_;  // last used last
+};
+
+Status CheckConstraint(const std::string& constraint) {
+  static KnownGood known;
+  std::string digest = Xxh3Hex(AsBytes(constraint));
+  if (known.Has(digest)) return OkStatus();
+  MR_ASSIGN_OR_RETURN(const engine::Grammar grammar, engine::BuildGrammar(constraint));
+  MR_RETURN_IF_ERROR(engine::Automaton::Build(grammar).status());
+  known.Add(std::move(digest));
+  return OkStatus();
+}
+
 }  // namespace
 
 std::optional<ApiError> ParseConstraint(std::string_view text, const RenderedPrompt& prompt,
@@ -115,10 +155,8 @@ std::optional<ApiError> ParseConstraint(std::string_view text, const RenderedPro
         fmt::format("'{}' says where the answer ends: ignore_eos and min_tokens exclude it", wanted.param));
   }
   request->sampling.constraint = DumpJson(wanted.constraint);
-  auto grammar = engine::BuildGrammar(request->sampling.constraint);
-  if (!grammar.ok()) return BadRequest(wanted.param, std::string(Message(grammar.status())));
-  const auto automaton = engine::Automaton::Build(*grammar);
-  if (!automaton.ok()) return BadRequest(wanted.param, std::string(Message(automaton.status())));
+  const Status good = CheckConstraint(request->sampling.constraint);
+  if (!good.ok()) return BadRequest(wanted.param, std::string(Message(good)));
   return std::nullopt;
 }
 

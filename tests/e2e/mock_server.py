@@ -6,6 +6,10 @@ import threading
 import time
 
 
+def words_of(content):
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content)
+
+
 class MockServer:
     """Runs in its own thread. `behave(number, body)` gives what to do with the n-th generation, as a dict:
 
@@ -110,7 +114,7 @@ class MockServer:
     async def _generate(self, writer, body, plan):
         if "status" in plan:
             return self._answer(writer, plan["status"], {"error": {"message": "as scripted", "type": "x", "code": None, "param": None}})
-        text = body["prompt"] if "prompt" in body else " ".join(m["content"] for m in body["messages"])
+        text = body["prompt"] if "prompt" in body else " ".join(words_of(m["content"]) for m in body["messages"])
         prompt_tokens = len(text.split()) + 5  # a template of five
         usage = lambda n: {"prompt_tokens": prompt_tokens, "completion_tokens": n, "total_tokens": prompt_tokens + n}
         await self._sleep(plan["first"])
