@@ -19,6 +19,8 @@ EngineMetrics::EngineMetrics(Metrics* metrics)
       pages_cached_(GaugeOf(metrics, "pages_cached", "Free KV pages that the prefix cache has content in")),
       pages_ticket_only_(
           GaugeOf(metrics, "pages_ticket_only", "KV pages that only a transfer's ticket holds")),
+      kv_used_ratio_(
+          GaugeOf(metrics, "kv_used_ratio", "Part of the KV pages that cannot be had at once, 0 to 1")),
       waiting_(GaugeOf(metrics, "waiting", "Requests queued, waits for import pages included")),
       running_(GaugeOf(metrics, "running", "Sequences in prefill or decode")),
       importing_(GaugeOf(metrics, "importing", "Requests whose KV is on its way from a prefill worker")),
@@ -53,6 +55,8 @@ void EngineMetrics::Update(const EngineStats& stats) {
   pages_free_.Set(stats.pages_free);
   pages_cached_.Set(stats.pages_cached);
   pages_ticket_only_.Set(stats.pages_ticket_only);
+  kv_used_ratio_.Set(stats.pages_total == 0 ? 0
+                                            : 1 - static_cast<double>(stats.pages_free) / stats.pages_total);
   waiting_.Set(stats.waiting);
   running_.Set(stats.running);
   importing_.Set(stats.importing);

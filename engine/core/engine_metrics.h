@@ -17,6 +17,7 @@ class EngineMetrics {
   prometheus::Gauge& pages_free_;
   prometheus::Gauge& pages_cached_;
   prometheus::Gauge& pages_ticket_only_;
+  prometheus::Gauge& kv_used_ratio_;
   prometheus::Gauge& waiting_;
   prometheus::Gauge& running_;
   prometheus::Gauge& importing_;

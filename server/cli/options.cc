@@ -131,7 +131,17 @@ void AddModel(CLI::App* command, ModelOptions& model) {
       ->capture_default_str();
 }
 
+void AddVllmMetrics(CLI::App* command, std::string& choice) {
+  command
+      ->add_option("--vllm-metrics", choice,
+                   "on: /metrics also has what vLLM has, under its names and buckets (vllm:...); off: "
+                   "millrace_... only")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->capture_default_str();
+}
+
 void AddHttp(CLI::App* command, HttpOptions& http) {
+  AddVllmMetrics(command, http.vllm_metrics);
   command->add_option("--listen", http.listen, "Address of the HTTP API; port 0 takes any free one")
       ->capture_default_str();
   command->add_option("--http-threads", http.http_threads, "Threads that serve connections")
@@ -233,6 +243,7 @@ CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options) {
   command->add_option("--rail", options.rails,
                       "Local address of one rail of the transfer engine (host or host:port), repeatable "
                       "(default: the host of --listen)");
+  AddVllmMetrics(command, options.vllm_metrics);
   command->add_option("--metrics-listen", options.metrics_listen,
                       "host:port where Prometheus finds /metrics (default: none)");
   command->add_option("--grant-pages", options.grant_pages, "KV pages granted to a prefill worker at a time")

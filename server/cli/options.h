@@ -46,6 +46,7 @@ struct HttpOptions {
   std::string tls_key;
   std::string tls_client_ca;
   std::vector<std::string> cors_origins;
+  std::string vllm_metrics = "on";
   int32_t requests_max = 1024;  // choices at the workers at once
   int32_t queue_max = 1024;     // requests that wait in the gateway
 };
@@ -74,7 +75,8 @@ struct WorkerCommandOptions {
   std::string role = "both";
   std::string listen = "127.0.0.1:7001";
   std::vector<std::string> rails;  // addresses of the transfer engine's TCP rails
-  std::string metrics_listen;      // host:port of /metrics; empty: none
+  std::string vllm_metrics = "on";
+  std::string metrics_listen;  // host:port of /metrics; empty: none
   int32_t grant_pages = 8;
   double stall_max = 60;  // seconds
   double drain = 30;

@@ -14,6 +14,7 @@
 #include "server/cli/commands.h"
 #include "server/cli/host.h"
 #include "server/gateway/gateway.h"
+#include "server/gateway/vllm_names.h"
 #include "server/router/membership.h"
 
 namespace millrace::server {
@@ -99,6 +100,7 @@ GatewayOptions MakeGatewayOptions(const HttpOptions& http, const std::string& ef
   options.cors_origins = http.cors_origins;
   options.admission.running_max = http.requests_max;
   options.admission.queue_max = http.queue_max;
+  options.vllm_metrics = http.vllm_metrics == "on";
   options.listen = http.listen;
   options.threads = http.http_threads;
   options.connections_max = http.connections_max;
@@ -115,14 +117,35 @@ void SayWhere(const Gateway& gateway, const HttpOptions& http, const std::string
   if (!gateway.grpc_address().empty()) fmt::print("  gRPC: {}\n", gateway.grpc_address());
 }
 
+void DescribeBuild(const std::string& role, Metrics* metrics) {
+  metrics
+      ->Gauge("millrace_build_info", "1; what this process is.",
+              {{"version", MILLRACE_VERSION}, {"role", role}})
+      .Set(1);
+}
+
+void DescribeEngine(const std::string& role, bool vllm_names, const std::string& model,
+                    const engine::Engine& engine, Metrics* metrics) {
+  DescribeBuild(role, metrics);
+  if (!vllm_names) return;
+  // Its values are labels, so that it is no other metric under another name.
+  metrics
+      ->Gauge("vllm:cache_config_info", "1; the size of the KV cache.",
+              {{"block_size", std::to_string(engine::kPageTokens)},
+               {"num_gpu_blocks", std::to_string(engine.kv_layout().num_pages)},
+               {"model_name", model},
+               {"engine", "0"}})
+      .Set(1);
+}
+
 // Serves /metrics at `listen`, or nothing when it is empty. civetweb throws when it cannot bind.
-StatusOr<std::unique_ptr<prometheus::Exposer>> ExposeMetrics(const std::string& listen,
-                                                             const Metrics& metrics) {
+StatusOr<std::unique_ptr<prometheus::Exposer>> ExposeMetrics(
+    const std::string& listen, const std::vector<std::shared_ptr<prometheus::Collectable>>& sources) {
   if (listen.empty()) return std::unique_ptr<prometheus::Exposer>();
   MR_RETURN_IF_ERROR(ParseHostPort(listen).status());
   try {
     auto exposer = std::make_unique<prometheus::Exposer>(listen, 1);
-    exposer->RegisterCollectable(metrics.collectable());
+    for (const auto& source : sources) exposer->RegisterCollectable(source);
     return exposer;
   } catch (const std::exception& error) {
     return Unavailable("cannot serve metrics on {}: {}", listen, error.what());
@@ -141,6 +164,7 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
   std::vector<HostedWorker> workers;
   const auto roles = options.aggregated ? std::vector{WorkerRole::kBoth}
                                         : std::vector{WorkerRole::kPrefill, WorkerRole::kDecode};
+  const bool vllm_names = options.http.vllm_metrics == "on";
   MembershipOptions members;
   for (const WorkerRole role : roles) {
     HostedWorkerOptions worker;
@@ -149,6 +173,7 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
     Metrics* const worker_metrics = role == WorkerRole::kPrefill ? nullptr : &metrics;
     MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, worker_metrics));
     members.workers.push_back(hosted.worker->address());
+    if (worker_metrics != nullptr) DescribeEngine("serve", vllm_names, model.name, *hosted.engine, &metrics);
     workers.push_back(std::move(hosted));
   }
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
@@ -175,6 +200,7 @@ Status ServeGateway(const GatewayCommandOptions& options, const std::string& eff
   Metrics metrics;
   MR_ASSIGN_OR_RETURN(const ModelInfo info, DescribeModel(options.model, options.model_name));
   MR_ASSIGN_OR_RETURN(const auto tokenizer, engine::Tokenizer::Load(options.model));
+  DescribeBuild("gateway", &metrics);
   MembershipOptions members;
   members.workers = options.decode;
   members.workers.insert(members.workers.end(), options.prefill.begin(), options.prefill.end());
@@ -211,7 +237,11 @@ Status ServeWorker(const WorkerCommandOptions& options, const std::string& effec
     worker.rails.push_back(bare ? rail + ":0" : rail);
   }
   MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, &metrics));
-  MR_ASSIGN_OR_RETURN(const auto exposer, ExposeMetrics(options.metrics_listen, metrics));
+  DescribeEngine(options.role, options.vllm_metrics == "on", model.name, *hosted.engine, &metrics);
+  std::vector<std::shared_ptr<prometheus::Collectable>> sources = {metrics.collectable()};
+  if (options.vllm_metrics == "on")
+    sources.push_back(std::make_shared<VllmNames>(metrics.collectable(), model.name));
+  MR_ASSIGN_OR_RETURN(const auto exposer, ExposeMetrics(options.metrics_listen, sources));
   fmt::print("Millrace {} worker of {} on {}\n", options.role, model.name, hosted.worker->address());
   std::fflush(stdout);
   MR_RETURN_IF_ERROR(signals.Wait(options.drain, {&hosted, 1}));

@@ -59,17 +59,19 @@ void Answer::NoteEnd(const std::string& outcome) {
   ended_ = true;
   queue_limit_.cancel();
   ticket_.Leave(usage_.completion_tokens);
+  record_.cached_tokens = usage_.cached_tokens;
   record_.completion_tokens = usage_.completion_tokens;
   record_.ended = Clock::System().Now();
   record_.outcome = outcome;
   context_.log.Put(record_);
+  context_.metrics.OnEnd(record_);
 }
 
 void Answer::Begin() {
   record_.admitted = Clock::System().Now();
   context_.log.Put(record_);
   for (int32_t i = 0; i < request_.num_choices(); ++i)
-    running_.push_back({Choice(request_, context_.tokenizer, i), nullptr});
+    running_.push_back({Choice(request_, context_.tokenizer, i), nullptr, {}});
   for (size_t i = 0; i < running_.size() && !ended_; ++i) {
     const auto choice = static_cast<int32_t>(i);
     GenerationRequest wanted;
@@ -88,6 +90,19 @@ void Answer::Begin() {
   }
 }
 
+void Answer::NoteToken(size_t index) {
+  const TimePoint now = Clock::System().Now();
+  if (record_.first_token == TimePoint()) {
+    record_.first_token = now;
+    context_.log.Put(record_);
+  } else if (index == 0 && running_[0].last_token != TimePoint() && record_.second_token == TimePoint()) {
+    record_.second_token = now;
+  }
+  TimePoint& last = running_[index].last_token;
+  if (last != TimePoint()) context_.metrics.OnTokenGap(now - last);
+  last = now;
+}
+
 void Answer::OnEvent(size_t index, const Generation::Event& event) {
   Running& running = running_[index];
   if (ended_ || running.finished) return;
@@ -99,10 +114,7 @@ void Answer::OnEvent(size_t index, const Generation::Event& event) {
     if (index == 0) record_.phases = *phases;
     return;
   }
-  if (record_.first_token == TimePoint()) {
-    record_.first_token = Clock::System().Now();
-    context_.log.Put(record_);
-  }
+  NoteToken(index);
   const auto& token = std::get<engine::TokenEvent>(event);
   // Choices of one prompt share it, so that only the first says what was found of it.
   const bool first_of_prompt = static_cast<int32_t>(index) % request_.n == 0;
@@ -113,6 +125,7 @@ void Answer::OnEvent(size_t index, const Generation::Event& event) {
   usage_.reasoning_tokens += running.choice.num_reasoning_tokens() - reasoning;
   if (delta.empty()) return;
   running.finished = !delta.finish.empty();
+  if (running.finished) context_.metrics.OnFinish(delta.finish);
   events_.emplace_back(Step{std::move(delta), usage_});
   if (running.finished) {
     running.generation->Cancel(Cancelled("the answer is over"));  // a stop string was met

@@ -14,6 +14,7 @@
 #include "server/gateway/choice.h"
 #include "server/gateway/generation.h"
 #include "server/gateway/request_log.h"
+#include "server/gateway/request_metrics.h"
 
 namespace millrace::server {
 
@@ -31,6 +32,7 @@ struct AnswerContext {
   InFlight& in_flight;
   Admission& admission;
   RequestLog& log;
+  RequestMetrics& metrics;
   const GenerationOptions& options;
 };
 
@@ -65,6 +67,7 @@ class Answer : public std::enable_shared_from_this<Answer> {
   struct Running {
     Choice choice;
     std::shared_ptr<Generation> generation;
+    TimePoint last_token = {};
     bool finished = false;
   };
 
@@ -74,6 +77,7 @@ class Answer : public std::enable_shared_from_this<Answer> {
   void Begin();
   void OnEvent(size_t index, const Generation::Event& event);
   void Fail(const Status& status);
+  void NoteToken(size_t index);
   void NoteEnd(const std::string& outcome);
 
   const boost::asio::any_io_executor executor_;

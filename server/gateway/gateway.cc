@@ -1,5 +1,8 @@
 #include "server/gateway/gateway.h"
 
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
@@ -26,6 +29,8 @@ using net::ip::tcp;
 constexpr Duration kCutTime = std::chrono::seconds(5);
 constexpr auto kReloadEvery = std::chrono::seconds(1);
 constexpr int32_t kAdminConnections = 16;
+constexpr int kProbeAfterSeconds = 15;
+constexpr int kProbeEverySeconds = 5;
 
 class GatewayServer : public Gateway {
  public:
@@ -139,6 +144,19 @@ class GatewayServer : public Gateway {
     if (!status.ok()) LogError("the old keys and certificates stay: {}", Message(status));
   }
 
+  // A client that is gone without a word (its host or its network died) breaks the connection, whatever is
+  // being waited for.
+  void NoticeSilence(int fd) const {
+    const int limit_ms = static_cast<int>(
+        std::chrono::duration_cast<std::chrono::milliseconds>(options_.write_timeout).count());
+    const int on = 1;
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &kProbeAfterSeconds, sizeof kProbeAfterSeconds);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &kProbeEverySeconds, sizeof kProbeEverySeconds);
+    // Both for probes and for data that is not acknowledged.
+    setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &limit_ms, sizeof limit_ms);
+  }
+
   net::awaitable<void> Accept(tcp::acceptor& acceptor, Listener listener) {
     while (true) {
       auto [error, socket] =
@@ -156,6 +174,7 @@ class GatewayServer : public Gateway {
       ++context_->connections;
       boost::system::error_code ignored;
       socket.set_option(tcp::no_delay(true), ignored);
+      NoticeSilence(socket.native_handle());
       auto executor = socket.get_executor();
       net::co_spawn(executor,
                     ServeConnection(boost::beast::tcp_stream(std::move(socket)), listener, context_),

@@ -25,6 +25,7 @@ struct GatewayOptions {
   TlsOptions tls;                         // of `listen`
   std::vector<std::string> cors_origins;  // pages of these may ask from a browser; "*" = all; empty: none
   AdmissionOptions admission;
+  bool vllm_metrics = true;                              // /metrics has them under vLLM's names too
   std::string effective;                                 // the configuration in words, for /info
   int threads = 1;                                       // that serve connections
   size_t body_bytes_max = size_t{32} << 20;              // 413 beyond

@@ -12,6 +12,7 @@
 #include "server/gateway/api_keys.h"
 #include "server/gateway/gateway.h"
 #include "server/gateway/in_flight.h"
+#include "server/gateway/request_metrics.h"
 
 namespace millrace::server {
 
@@ -57,6 +58,7 @@ struct GatewayContext {
   std::unique_ptr<TlsContext> tls{};  // null: no TLS
   InFlight in_flight{};
   RequestLog request_log{};
+  RequestMetrics request_metrics{metrics};
   std::atomic<bool> draining{false};
   Stops connections_stops{};
   Stops answer_stops{};
@@ -72,7 +74,7 @@ struct GatewayContext {
   uint64_t AddAnswerStop(const boost::asio::any_io_executor& executor, const std::shared_ptr<Answer>& answer,
                          const std::string& id);
   AnswerContext ForAnswers() {
-    return {tokenizer, membership, in_flight, admission, request_log, options.generation};
+    return {tokenizer, membership, in_flight, admission, request_log, request_metrics, options.generation};
   }
 };
 

@@ -186,8 +186,13 @@ void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
   if (attempt != attempt_ || ended_) return;
   if (event.has_phases()) {
     const rpc::Phases& phases = event.phases();
-    return on_event_(
-        PhaseTimes{phases.queue_us(), phases.prefill_us(), phases.transfer_us(), phases.prefill_worker()});
+    return on_event_(PhaseTimes{.known = true,
+                                .queue_us = phases.queue_us(),
+                                .prefill_us = phases.prefill_us(),
+                                .transfer_us = phases.transfer_us(),
+                                .post_us = phases.post_us(),
+                                .commit_us = phases.commit_us(),
+                                .prefill_worker = phases.prefill_worker()});
   }
   if (!event.has_token()) return;
   engine::TokenEvent token = TokenFromProto(event.token());

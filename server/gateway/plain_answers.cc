@@ -1,7 +1,10 @@
 #include "server/gateway/plain_answers.h"
 
+#include <prometheus/text_serializer.h>
+
 #include "server/gateway/assets.h"
 #include "server/gateway/fields.h"
+#include "server/gateway/vllm_names.h"
 
 namespace millrace::server {
 namespace {
@@ -60,7 +63,14 @@ ApiResult<PlainAnswer> Ready(GatewayContext& context) {
 }
 
 ApiResult<PlainAnswer> MetricsText(GatewayContext& context) {
-  return PlainAnswer{context.metrics.Text(), "text/plain; version=0.0.4; charset=utf-8"};
+  const Admission::Counts counts = context.admission.counts();
+  context.request_metrics.SetNow(counts.waiting, counts.running, context.connections);
+  std::string page = context.metrics.Text();
+  if (context.options.vllm_metrics) {
+    const VllmNames names(context.metrics.collectable(), context.model.name);
+    page += prometheus::TextSerializer().Serialize(names.Collect());
+  }
+  return PlainAnswer{std::move(page), "text/plain; version=0.0.4; charset=utf-8"};
 }
 
 ApiResult<PlainAnswer> Version(GatewayContext& /*context*/) { return Answered({{"version", kVersion}}); }

@@ -1,5 +1,6 @@
 #include "server/worker/generate_call.h"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -67,7 +68,11 @@ class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
   void OnEngineToken(uint64_t run, const engine::TokenEvent& event);
   void OnEngineError(uint64_t run, const Status& status);
   void Deliver(const engine::TokenEvent& event);
-  void SendPhases(Duration queue, Duration prefill, Duration transfer, const std::string& prefill_worker);
+  // All but the first two are those of a transfer, and zero without one.
+  struct PhaseDurations {
+    Duration queue{}, prefill{}, transfer{}, post{}, commit{};
+  };
+  void SendPhases(const PhaseDurations& took, const std::string& prefill_worker);
   void Leave(const Status& status);
   void End(const Status& status);
   std::unique_ptr<Sink> NewRun();
@@ -202,8 +207,12 @@ void GenerateCall::OnImported(const AttemptTimes& times) {
   const std::string address = prefill_worker_;
   JudgePrefillWorker(OkStatus());
   attempt_.reset();
-  SendPhases(times.granted - begun_, times.first_token - std::min(times.granted, times.first_token),
-             times.committed - times.first_token, address);
+  SendPhases({.queue = times.granted - begun_,
+              .prefill = times.first_token - std::min(times.granted, times.first_token),
+              .transfer = times.committed - times.first_token,
+              .post = times.post,
+              .commit = times.committed - times.sealed},
+             address);
 }
 
 void GenerateCall::OnAttemptFailed(const Status& status) {
@@ -226,7 +235,7 @@ void GenerateCall::OnEngineToken(uint64_t run, const engine::TokenEvent& event) 
   const TimePoint now = Now();
   if (token_at_ != TimePoint{}) context_->speed.OnTokenGap(now - token_at_);
   token_at_ = now;
-  if (prefill_here_ && !phases_sent_) SendPhases(Duration(0), Now() - begun_, Duration(0), "");
+  if (prefill_here_ && !phases_sent_) SendPhases({.prefill = now - begun_}, "");
   Deliver(event);
 }
 
@@ -255,19 +264,20 @@ void GenerateCall::Deliver(const engine::TokenEvent& event) {
   if (event.finish != engine::FinishReason::kNone) End(OkStatus());
 }
 
-void GenerateCall::SendPhases(Duration queue, Duration prefill, Duration transfer,
-                              const std::string& prefill_worker) {
+void GenerateCall::SendPhases(const PhaseDurations& took, const std::string& prefill_worker) {
   phases_sent_ = true;
   rpc::GenerateEvent message;
   rpc::Phases* phases = message.mutable_phases();
-  phases->set_queue_us(Microseconds(queue));
-  phases->set_prefill_us(Microseconds(prefill));
-  phases->set_transfer_us(Microseconds(transfer));
+  phases->set_queue_us(Microseconds(took.queue));
+  phases->set_prefill_us(Microseconds(took.prefill));
+  phases->set_transfer_us(Microseconds(took.transfer));
+  phases->set_post_us(Microseconds(took.post));
+  phases->set_commit_us(Microseconds(took.commit));
   phases->set_prefill_worker(prefill_worker);
   writer_.Push(std::move(message));
-  context_->metrics.OnPhase("queue", queue);
-  context_->metrics.OnPhase("prefill", prefill);
-  if (!prefill_worker.empty()) context_->metrics.OnPhase("transfer", transfer);
+  context_->metrics.OnPhase("queue", took.queue);
+  context_->metrics.OnPhase("prefill", took.prefill);
+  if (!prefill_worker.empty()) context_->metrics.OnPhase("transfer", took.transfer);
 }
 
 // The caller is gone: nobody reads what is queued.

@@ -10,6 +10,8 @@ namespace millrace::server {
 namespace {
 
 constexpr size_t kGrantsInFlight = 2;
+constexpr int64_t kPostUsMax =
+    3600'000'000;  // what P says of itself is bounded before it is added to anything
 // How long without any progress until the next P gets its chance. Only the attempt ends then; memory waits
 // for proof.
 constexpr Duration kAcceptPatience = std::chrono::seconds(2);
@@ -153,6 +155,10 @@ Status ImportAttempt::HandleEvent(const rpc::PrefillEvent& event) {
       MR_RETURN_IF_ERROR(CheckSeal(event.seal()));
       ticket_.MoveTo(TicketState::kSealed);
       sealed_digest_ = event.seal().digest();
+      times_.sealed = Now();
+      times_.post = std::min<Duration>(
+          times_.sealed - times_.first_token,
+          std::chrono::microseconds(std::clamp<int64_t>(event.seal().post_us(), 0, kPostUsMax)));
       // Close first, digest then: what is digested is what nobody can write to any more.
       CloseTicket();
       return OkStatus();

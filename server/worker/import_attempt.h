@@ -16,6 +16,8 @@ namespace millrace::server {
 struct AttemptTimes {
   TimePoint granted;      // the first pages were there
   TimePoint first_token;  // it arrived
+  Duration post{};        // how long after that P still had writes to submit, as P says
+  TimePoint sealed;       // the seal arrived
   TimePoint committed;
 };
 

@@ -96,6 +96,8 @@ class PrefillCall final : public grpc::ServerBidiReactor<rpc::PrefillCommand, rp
   bool computing_ = false;  // the engine has the request
   engine::RequestId id_ = 0;
   TimePoint begun_;
+  TimePoint token_at_;      // when the first token was there
+  TimePoint submitted_at_;  // the last write
   TimePoint deadline_ = kNoDeadline;
   int32_t priority_ = 0;
   int32_t num_tokens_ = 0;
@@ -269,6 +271,7 @@ Status PrefillCall::Submit(const Run& run) {
   write.deadline = deadline_;
   write.priority = priority_;
   if (ticket_.state() == TicketState::kGranted) ticket_.MoveTo(TicketState::kStreaming);
+  submitted_at_ = Now();
   return context_->transfer->Submit(peer_, std::move(write), [self = shared_from_this(), run](Status status) {
     self->context_->control.Post([self, run, status] { self->OnWritten(run, status); });
   });
@@ -325,6 +328,7 @@ void PrefillCall::OnToken(const engine::TokenEvent& event) {
   if (ended_) return;
   context_->speed.OnPrefill(num_tokens_ - event.cached_tokens, begun_, Now());
   token_sent_ = true;
+  token_at_ = Now();
   rpc::PrefillEvent message;
   TokenToProto(event, message.mutable_first_token());
   writer_.Push(std::move(message));
@@ -343,6 +347,8 @@ void PrefillCall::SealWhenComplete() {
   seal->set_layers(static_cast<uint32_t>(layers()));
   seal->set_pages(pages);
   seal->set_digest(digest_);
+  const Duration post = std::max(submitted_at_, token_at_) - token_at_;
+  seal->set_post_us(std::chrono::duration_cast<std::chrono::microseconds>(post).count());
   writer_.Push(std::move(message));
   ticket_.MoveTo(TicketState::kSealed);
   End(OkStatus());

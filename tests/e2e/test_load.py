@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import harness
+import namespaces
 
 sys.path.insert(0, str(harness.ROOT / "tests/load"))
 
@@ -37,3 +38,30 @@ def test_a_thousand_streams_leave_nothing_behind(cluster):
         rss.append(report["processes"]["gateway"]["rss_after"])
     # What the allocator keeps from the first round serves the second one.
     assert rss[1] < 1.25 * rss[0] + (16 << 20), rss
+
+
+def test_a_client_that_vanishes_is_noticed(tmp_path):
+    """No FIN, no RST: its network is gone. Both answers would take a quarter of an hour; the limit is the gateway's 30 s for a
+    write, and the system's timers."""
+    body = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True}
+    with namespaces.Pair(links=1) as pair:
+        cluster = NullCluster(tmp_path, step_ms=1000, prefix=pair.prefix(0), listen=f"{pair.address(0, 0)}:0",
+                              run=lambda call: pair.run(0, call))
+        load = lambda: json.loads(harness.request(cluster.gateway.address, "GET", "/load")[2])["server_load"]  # noqa: E731
+        try:
+            def ask():
+                waiting = harness.open_request(cluster.gateway.address, body)
+                reading = harness.open_request(cluster.gateway.address, {**body, "stream": True})
+                assert reading.recv(100)
+                return waiting, reading
+
+            clients = pair.run(1, ask)
+            harness.wait_until(lambda: pair.run(0, load) == 2, 30, "both answers are being made")
+            files = cluster.gateway_files()
+            namespaces.ip("-n", pair.names[1], "link", "set", "rail0", "down")
+            harness.wait_until(lambda: pair.run(0, load) == 0, 150, "both clients are given up", interval=0.5)
+            harness.wait_until(lambda: cluster.gateway_files() <= files - 2, 30, "their connections are closed")
+            for client in clients:
+                client.close()
+        finally:
+            cluster.stop()
