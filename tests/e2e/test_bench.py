@@ -9,6 +9,7 @@ import threading
 import pytest
 
 import harness
+from browser import Browser, chromium
 from mock_server import MockServer
 
 # What a busy machine with two processors may add to a delay; the mock's own scheduling included.
@@ -193,15 +194,33 @@ def test_sweep_repetitions_search_and_compare(tmp_path):
 
 
 def test_page(tmp_path):
-    with MockServer(lambda n, body: {"first": 0.01, "gap": 0.005}) as server:
+    plan = {"first": 0.01, "gap": 0.005}
+    with MockServer(lambda n, body: {"status": 503} if n % 9 == 8 else plan) as server:
+        server.phases = {"queue": {"sum": 0.0, "count": 0}}
         page = tmp_path / "page.html"
-        done = bench("--url", server.url, "--rate", "20,40", "--duration", 1, "--html", page, "--body", '{"user": "</script><b>"}',
+        done = bench("--url", server.url, "--rate", "20,40", "--duration", 2, "--repeat", 2, "--html", page, "--body", '{"user": "</script><b>"}',
                      "--objectives", "ttft=1s")
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1, done.stderr
     text = page.read_text()
     assert "</script><b>" not in text and "http" not in text.replace("http://127.0.0.1", "").split("<script", 1)[0]
     data = text.split('id="report">', 1)[1].split("</script>", 1)[0]
     assert len(json.loads(data)["levels"]) == 2
+    if chromium() is None:
+        pytest.skip("the page was not opened: chromium is not installed (deploy/packages --tests)")
+    for options in ({}, {"dark": True}, {"width": 390}):
+        browser = Browser(**options)
+        try:
+            browser.open(page.as_uri())
+            assert browser.run("document.querySelectorAll('section').length") == 3, "all loads, and each"
+            assert browser.run("document.querySelectorAll('svg').length") >= 2 * 7
+            assert browser.run("[...document.querySelectorAll('svg polyline')].every(l => /^[-0-9., ]+$/.test(l.getAttribute('points')))"), "a figure is NaN"
+            assert browser.run("document.documentElement.scrollWidth <= innerWidth"), "wider than the window"
+            body = browser.run("document.body.innerText")
+            assert "as scripted" in body and "95 % interval" in body and "NaN" not in body and "undefined" not in body
+            assert browser.run("getComputedStyle(document.body).backgroundColor") == ("rgb(20, 24, 28)" if options.get("dark") else "rgb(255, 255, 255)")
+            assert browser.complaints() == [] and browser.requested() == [page.as_uri()]
+        finally:
+            browser.close()
 
 
 def test_phases_of_the_server(tmp_path):
@@ -265,3 +284,6 @@ def test_on_millrace(tmp_path, server):
     run = json.loads(out.read_text())["levels"][0]["runs"][0]
     assert run["requests"]["served"] == 24 and run["tokens"] ["output_mean"] == 16
     assert run["latency"]["itl"]["count"] == 24 * 15, "the server counts every token"
+    phases = run["server_phases"]
+    assert {"queue", "compute", "wire", "first_decode"} <= phases.keys() and all(p["mean"] >= 0 for p in phases.values())
+    assert phases["queue"]["count"] == 24, phases
