@@ -6,6 +6,9 @@
 namespace millrace::server {
 namespace {
 
+// In the order in which a request passes through them; others follow.
+constexpr const char* kOrder[] = {"queue", "grant_wait", "compute",      "post",
+                                  "wire",  "commit",     "first_decode", "decode"};
 constexpr std::string_view kName = "millrace_request_phase_seconds_";
 
 // The value of `label` in {a="b",c="d"}; phases have no quotes or backslashes in their names.
@@ -41,11 +44,17 @@ PhaseTotals ParsePhases(std::string_view page) {
 
 OrderedJson PhasesBetween(const PhaseTotals& before, const PhaseTotals& after) {
   OrderedJson phases;
-  for (const auto& [phase, total] : after) {
+  const auto add = [&](const std::string& phase, const PhaseTotal& total) {
     const auto found = before.find(phase);
     const PhaseTotal start = found == before.end() ? PhaseTotal{} : found->second;
     const double count = total.count - start.count;
     if (count > 0) phases[phase] = {{"count", count}, {"mean", (total.seconds - start.seconds) / count}};
+  };
+  for (const char* phase : kOrder) {
+    if (const auto found = after.find(phase); found != after.end()) add(phase, found->second);
+  }
+  for (const auto& [phase, total] : after) {
+    if (!phases.contains(phase)) add(phase, total);
   }
   return phases;
 }
