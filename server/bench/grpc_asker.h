@@ -4,7 +4,6 @@
 
 #include <boost/asio/io_context.hpp>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <string>
 

@@ -4,13 +4,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
 
 import harness
-from namespaces import enter, ip
+from namespaces import ip, run_in
 
 LINKS = 2  # per process: both are rails, the first also carries gRPC and HTTP
 
@@ -168,21 +167,7 @@ class Fleet:
 
     def run(self, call):
         """Runs `call` in a thread whose sockets, and those of the threads that it starts, are in the hub; its result."""
-        outcome = {}
-
-        def enter_and_run():
-            try:
-                enter(self.hub)
-                outcome["result"] = call()
-            except BaseException as error:  # carried to the caller's thread
-                outcome["error"] = error
-
-        thread = threading.Thread(target=enter_and_run)
-        thread.start()
-        thread.join()
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["result"]
+        return run_in(self.hub, call)
 
     def wait_known(self):
         """Until each gateway knows each worker as ready."""

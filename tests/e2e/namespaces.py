@@ -23,6 +23,25 @@ def enter(namespace):
             raise OSError(ctypes.get_errno(), "setns")
 
 
+def run_in(namespace, call):
+    """Runs `call` in a thread whose sockets, and those of the threads that it starts, are in the namespace; its result."""
+    outcome = {}
+
+    def enter_and_run():
+        try:
+            enter(namespace)
+            outcome["result"] = call()
+        except BaseException as error:  # carried to the caller's thread
+            outcome["error"] = error
+
+    thread = threading.Thread(target=enter_and_run)
+    thread.start()
+    thread.join()
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
 class Pair:
     """Side 0 and side 1; link l joins 10.77.l.1 and 10.77.l.2. Skips the test where namespaces are not permitted."""
 
@@ -64,21 +83,7 @@ class Pair:
 
     def run(self, side, call):
         """Runs `call` in a thread whose sockets are on that side; its result."""
-        outcome = {}
-
-        def enter_and_run():
-            try:
-                enter(self.names[side])
-                outcome["result"] = call()
-            except BaseException as error:  # carried to the caller's thread
-                outcome["error"] = error
-
-        thread = threading.Thread(target=enter_and_run)
-        thread.start()
-        thread.join()
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["result"]
+        return run_in(self.names[side], call)
 
     def bytes_sent(self, side, link):
         text = subprocess.run([*self.prefix(side), "cat", f"/sys/class/net/rail{link}/statistics/tx_bytes"],
