@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(32 * kSortWarps) SortSlots(SortSlotsArgs args)
 #pragma unroll 8
   for (int i = begin + lane; i < end; i += 32) {
     const int other = args.experts[i];
-    lower += other < expert;
+    lower += static_cast<uint32_t>(other) < static_cast<uint32_t>(expert);  // -1 is nobody's
     own += other == expert;
   }
   lower = __reduce_add_sync(kFullWarp, lower);
@@ -203,14 +203,16 @@ __global__ void __launch_bounds__(32 * kSortWarps) SortSlots(SortSlotsArgs args)
   __syncthreads();  // counts of all warps
   int first = 0;    // of the expert
   int next = 0;     // of this warp's run, from there
+  int all = 0;      // of the expert's slots
 #pragma unroll
   for (int w = 0; w < kSortWarps; ++w) {
     first += lower_counts[w];
+    all += own_counts[w];
     if (w < warp) next += own_counts[w];
   }
   if (threadIdx.x == 0) {
     args.offsets[expert] = first;
-    if (expert == experts_all - 1) args.offsets[experts_all] = count;
+    if (expert == experts_all - 1) args.offsets[experts_all] = first + all;
   }
   next += first;
   if (own == 0) return;

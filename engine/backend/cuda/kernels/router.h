@@ -34,7 +34,8 @@ cudaError_t LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stre
 
 // Slots sorted by expert, in token order within an expert: the same list on every run.
 struct SortSlotsArgs {
-  const int32_t* experts = nullptr;     // [rows, top_k] as SelectExperts wrote them
+  // [rows, top_k] as SelectExperts wrote them. Without shared experts any choice may be -1: it has no slot.
+  const int32_t* experts = nullptr;
   const float* weights = nullptr;       // likewise
   const int32_t* valid_rows = nullptr;  // device scalar
   int32_t* offsets = nullptr;  // [num_experts + num_shared + 1], written: where each expert's slots begin
