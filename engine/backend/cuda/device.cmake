@@ -5,6 +5,7 @@ set(here ${CMAKE_CURRENT_LIST_DIR})
 add_library(millrace_cuda_device STATIC
   ${here}/cublas_lt.cc ${here}/device_model.cc ${here}/ep_exchange.cc ${here}/gemm.cc ${here}/memory.cc ${here}/step_inputs.cc ${here}/step_memory.cc
   ${here}/step_runner.cc ${here}/kernels/combine.cu ${here}/kernels/decode_attention.cu ${here}/kernels/ep_exchange.cu
+  ${here}/kernels/few_rows.cu
   ${here}/kernels/grouped_gemm_decode.cu ${here}/kernels/grouped_gemm_prefill.cu ${here}/kernels/norm.cu
   ${here}/kernels/prefill_attention_mma.cu ${here}/kernels/prefill_attention_wgmma.cu ${here}/kernels/qk_rope.cu ${here}/kernels/quantize.cu
   ${here}/kernels/router.cu ${here}/kernels/sampling.cu ${here}/kernels/tensor_map.cu)

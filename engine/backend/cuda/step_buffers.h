@@ -21,6 +21,7 @@ struct StepRunner::Buffers {
   uint8_t* quantized = nullptr;         // [R, hidden] or [S, expert_width], e4m3
   float* quantized_scales = nullptr;    // [R, hidden / 128] or [S, expert_width / 128]
   float* router_logits = nullptr;       // [R, num_experts]
+  int32_t* route_blocks = nullptr;      // one zero, for the routing of few rows
   int32_t* experts = nullptr;           // [S]
   float* expert_weights = nullptr;      // [S]
   int32_t* expert_offsets = nullptr;    // [experts_all + 1]

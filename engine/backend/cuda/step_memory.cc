@@ -70,6 +70,7 @@ size_t StepRunner::PlaceBuffers(std::byte* base) {
     b.quantized_scales = layout.Place<float>(widest / kScaleBlock);
   }
   b.router_logits = layout.Place<float>(rows * static_cast<size_t>(shape_.num_experts));
+  b.route_blocks = layout.Place<int32_t>(1);
   b.experts = layout.Place<int32_t>(slots);
   b.expert_weights = layout.Place<float>(slots);
   b.expert_offsets = layout.Place<int32_t>(static_cast<size_t>(shape_.experts_all()) + 1);
@@ -134,6 +135,7 @@ Result StepRunner::Allocate() {
   MR_CUDA_TRY(DeviceMemory::Allocate(scratch_bytes, "steps", &scratch_));
   PlaceBuffers(scratch_.data());
   MR_CUDA(cudaMemset(buffers_->attention_workspace, 0, AttentionWorkspaceBytes()));
+  MR_CUDA(cudaMemset(buffers_->route_blocks, 0, sizeof(int32_t)));
   if (options_.mirror) MR_CUDA_TRY(PinnedMemory::Allocate(kv_bytes, "the mirror of the KV pages", &mirror_));
 
   MR_CUDA_TRY(PinnedMemory::Allocate(PlaceHost(nullptr), "inputs and logits", &host_));

@@ -6,6 +6,7 @@
 
 #include "engine/backend/cuda/kernels/combine.h"
 #include "engine/backend/cuda/kernels/decode_attention.h"
+#include "engine/backend/cuda/kernels/few_rows.h"
 #include "engine/backend/cuda/kernels/grouped_gemm.h"
 #include "engine/backend/cuda/kernels/norm.h"
 #include "engine/backend/cuda/kernels/prefill_attention.h"
@@ -18,6 +19,8 @@ namespace millrace::engine::cuda {
 namespace {
 
 constexpr int32_t kDecodeSlotsPerExpert = 16;
+// Larger products of few rows are bound by their bytes, which cuBLASLt streams as fast as the memory can.
+constexpr int64_t kFewRowsWeightsMax = int64_t{32} << 20;
 
 }  // namespace
 
@@ -202,10 +205,13 @@ Result StepRunner::EnqueueLayer(int32_t index, const Pass& pass, const float* ne
   MR_CUDA_TRY(EnqueueAttention(layer, index, pass));
   MR_CUDA_TRY(Multiply(layer.attention_out, buffers_->attended, buffers_->residual, true, true,
                        pass.counts.rows, shape_.hidden, shape_.q_width()));
-  MR_CUDA_TRY(Norm(layer.attention_out_bias, layer.post_norm, pass.counts.rows));
-  if (!layer.moe) return EnqueueDense(layer, pass, next_norm);
+  if (!layer.moe) {
+    MR_CUDA_TRY(Norm(layer.attention_out_bias, layer.post_norm, pass.counts.rows));
+    return EnqueueDense(layer, pass, next_norm);
+  }
   MR_CUDA_TRY(EnqueueRouting(layer, pass));
-  return EnqueueExperts(layer, pass, next_norm);
+  MR_CUDA_TRY(FewRows(layer, pass) ? EnqueueFewRowsExperts(layer, pass) : EnqueueExperts(layer, pass));
+  return EnqueueCombine(pass, next_norm);
 }
 
 Result StepRunner::EnqueueAttention(const DeviceLayer& layer, int32_t index, const Pass& pass) {
@@ -290,13 +296,7 @@ Result StepRunner::EnqueueDense(const DeviceLayer& layer, const Pass& pass, cons
   return next_norm == nullptr ? Result() : Norm(nullptr, next_norm, pass.counts.rows);
 }
 
-Result StepRunner::EnqueueRouting(const DeviceLayer& layer, const Pass& pass) {
-  MR_CUDA_TRY(Multiply(layer.router, buffers_->normed, buffers_->router_logits, true, false, pass.counts.rows,
-                       shape_.num_experts, shape_.hidden));
-  if (layer.router_low != nullptr) {
-    MR_CUDA_TRY(Multiply(layer.router_low, buffers_->normed, buffers_->router_logits, true, true,
-                         pass.counts.rows, shape_.num_experts, shape_.hidden));
-  }
+SelectExpertsArgs StepRunner::Selection(const DeviceLayer& layer, const Pass& pass) const {
   SelectExpertsArgs select;
   select.logits = buffers_->router_logits;
   select.bias = layer.expert_bias;
@@ -311,7 +311,39 @@ Result StepRunner::EnqueueRouting(const DeviceLayer& layer, const Pass& pass) {
   select.sigmoid = shape_.sigmoid_router;
   select.norm_topk_prob = shape_.norm_topk_prob;
   select.scaling = shape_.scaling;
-  MR_CUDA(LaunchSelectExperts(select, compute_));
+  return select;
+}
+
+// The launches of few_rows.h do this layer.
+bool StepRunner::FewRows(const DeviceLayer& layer, const Pass& pass) const {
+  return pass.counts.rows <= kFewRowsMax && shape_.hidden <= kFewRowsHiddenMax &&
+         layer.attention_out_bias == nullptr && layer.router_low == nullptr;
+}
+
+// From the residual to the normed rows and their experts; sorted slots unless few rows do without.
+Result StepRunner::EnqueueRouting(const DeviceLayer& layer, const Pass& pass) {
+  if (FewRows(layer, pass)) {
+    FewRowsRouteArgs route;
+    route.residual = buffers_->residual;
+    route.norm_weight = layer.post_norm;
+    route.router = layer.router;
+    route.normed = buffers_->normed;
+    route.logits = buffers_->router_logits;
+    route.blocks_done = buffers_->route_blocks;
+    route.select = Selection(layer, pass);
+    route.hidden = shape_.hidden;
+    route.eps = shape_.eps;
+    MR_CUDA(LaunchFewRowsRoute(route, compute_));
+    return Result();
+  }
+  MR_CUDA_TRY(Norm(layer.attention_out_bias, layer.post_norm, pass.counts.rows));
+  MR_CUDA_TRY(Multiply(layer.router, buffers_->normed, buffers_->router_logits, true, false, pass.counts.rows,
+                       shape_.num_experts, shape_.hidden));
+  if (layer.router_low != nullptr) {
+    MR_CUDA_TRY(Multiply(layer.router_low, buffers_->normed, buffers_->router_logits, true, true,
+                         pass.counts.rows, shape_.num_experts, shape_.hidden));
+  }
+  MR_CUDA(LaunchSelectExperts(Selection(layer, pass), compute_));
   SortSlotsArgs sort;
   sort.experts = buffers_->experts;
   sort.weights = buffers_->expert_weights;
@@ -328,7 +360,41 @@ Result StepRunner::EnqueueRouting(const DeviceLayer& layer, const Pass& pass) {
   return Result();
 }
 
-Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, const float* next_norm) {
+Result StepRunner::EnqueueFewRowsExperts(const DeviceLayer& layer, const Pass& pass) {
+  FewRowsExpertsArgs up;
+  up.matrix = ExpertMatrix::kGateUp;
+  up.tokens = pass.counts.rows;
+  up.top_k = shape_.top_k;
+  up.num_experts = shape_.num_experts;
+  up.num_shared = shape_.num_shared;
+  up.rows = 2 * shape_.expert_width;
+  up.k = shape_.hidden;
+  up.weights = layer.gate_up;
+  up.experts = buffers_->experts;
+  up.expert_weights = buffers_->expert_weights;
+  up.valid_rows = pass.inputs.valid_rows;
+  up.x = buffers_->normed;
+  up.out = buffers_->activation;
+  FewRowsExpertsArgs down = up;
+  down.matrix = ExpertMatrix::kDown;
+  down.rows = shape_.hidden;
+  down.k = shape_.expert_width;
+  down.weights = layer.down;
+  down.x = buffers_->activation;
+  down.out = buffers_->expert_out;
+  if (shape_.fp8_experts) {
+    up.type = down.type = ExpertType::kE4m3;
+    up.weights = layer.gate_up_e4m3;
+    up.weight_scales = layer.gate_up_scales;
+    down.weights = layer.down_e4m3;
+    down.weight_scales = layer.down_scales;
+  }
+  MR_CUDA(LaunchFewRowsExperts(up, compute_));
+  MR_CUDA(LaunchFewRowsExperts(down, compute_));
+  return Result();
+}
+
+Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass) {
   // The crossover of grouped_gemm.h: slots per routed expert.
   const bool few = pass.counts.rows * shape_.top_k <= kDecodeSlotsPerExpert * shape_.num_experts;
   const auto launch = few ? LaunchGroupedGemmDecode : LaunchGroupedGemmPrefill;
@@ -370,7 +436,10 @@ Result StepRunner::EnqueueExperts(const DeviceLayer& layer, const Pass& pass, co
     MR_CUDA_TRY(QuantizeInput(buffers_->activation, slots, &down));
   }
   MR_CUDA(launch(down, compute_));
+  return Result();
+}
 
+Result StepRunner::EnqueueCombine(const Pass& pass, const float* next_norm) {
   CombineArgs combine;
   combine.expert_out = buffers_->expert_out;
   combine.valid_rows = pass.inputs.valid_rows;
@@ -434,6 +503,10 @@ Result StepRunner::Norm(const float* bias, const float* weight, int32_t rows) {
 
 Result StepRunner::Multiply(const __nv_bfloat16* weights, const __nv_bfloat16* x, void* out, bool out_float,
                             bool accumulate, int32_t rows, int32_t n, int32_t k) {
+  if (rows >= 1 && rows <= kFewRowsMax && int64_t{n} * k <= kFewRowsWeightsMax) {
+    MR_CUDA(LaunchFewRowsGemm({weights, x, out, out_float, accumulate, rows, n, k}, compute_));
+    return Result();
+  }
   return gemm_->Run({weights, x, out, out_float, accumulate, rows, n, k}, compute_);
 }
 

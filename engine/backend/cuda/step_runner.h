@@ -22,6 +22,7 @@ namespace millrace::engine::cuda {
 
 struct DrawRow;
 struct GroupedGemmArgs;
+struct SelectExpertsArgs;
 
 struct StepRunnerOptions {
   KvLayout kv;             // bf16; num_layers = the model's layers, the MTP layer's last if it has pages
@@ -85,7 +86,11 @@ class StepRunner {
   Result EnqueueLonger(const Pass& pass, const __nv_bfloat16* kv_layer);
   Result EnqueueDense(const DeviceLayer& layer, const Pass& pass, const float* next_norm);
   Result EnqueueRouting(const DeviceLayer& layer, const Pass& pass);
-  Result EnqueueExperts(const DeviceLayer& layer, const Pass& pass, const float* next_norm);
+  SelectExpertsArgs Selection(const DeviceLayer& layer, const Pass& pass) const;
+  bool FewRows(const DeviceLayer& layer, const Pass& pass) const;
+  Result EnqueueExperts(const DeviceLayer& layer, const Pass& pass);
+  Result EnqueueFewRowsExperts(const DeviceLayer& layer, const Pass& pass);
+  Result EnqueueCombine(const Pass& pass, const float* next_norm);
   Result QuantizeInput(const __nv_bfloat16* x, int32_t rows, GroupedGemmArgs* args);
   Result EnqueueHead(const float* norm, const Pass& pass, float* logits);
   Result EnqueueExport(const Batch& batch, int32_t layer);

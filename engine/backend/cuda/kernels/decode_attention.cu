@@ -5,6 +5,7 @@
 
 #include "engine/backend/cuda/kernels/decode_attention.h"
 #include "engine/backend/cuda/kernels/head_rows.cuh"
+#include "engine/backend/cuda/kernels/launch.cuh"
 #include "engine/backend/cuda/kernels/ptx.cuh"
 
 namespace millrace::engine::cuda {
@@ -95,7 +96,7 @@ __device__ __forceinline__ Item FindItem(const DecodeAttentionArgs& args, const 
   item.kv_head = index % args.num_kv_heads;
   item.split = unit - shared.first_item[low];
   item.num_splits = shared.first_item[low + 1] - shared.first_item[low];
-  item.length = max(__ldg(args.lengths + low), 0);
+  item.length = max(args.lengths[low], 0);
   const int pages = NumPages(item.length);
   item.begin_page = item.split * SplitPages(pages);
   item.end_page = min(item.begin_page + SplitPages(pages), pages);
@@ -162,7 +163,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void LoadRows(const DecodeAttentionArgs& args, const Item& item, int page,
                                          int warp, int lane, uint32_t stage) {
   constexpr int kChunks = kHeadDim / 8;
-  const int64_t page_id = __ldg(args.page_table + item.seq * args.page_table_stride + page);
+  const int64_t page_id = args.page_table[item.seq * args.page_table_stride + page];
   const int64_t head_elements = kPageTokens * kHeadDim;
   const __nv_bfloat16* k = args.kv + (page_id * 2 * args.num_kv_heads + item.kv_head) * head_elements +
                            warp * kWarpTokens * kHeadDim;
@@ -372,8 +373,8 @@ __device__ __forceinline__ void StartItem(const DecodeAttentionArgs& args, const
       args.q + item.seq * args.q_stride + static_cast<int64_t>(item.kv_head * group + head) * kHeadDim);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    q[step][0] = head < group ? __ldg(row + step * 8 + (lane & 3)) : 0;
-    q[step][2] = head < group ? __ldg(row + step * 8 + (lane & 3) + 4) : 0;
+    q[step][0] = head < group ? row[step * 8 + (lane & 3)] : 0;
+    q[step][2] = head < group ? row[step * 8 + (lane & 3) + 4] : 0;
     q[step][1] = q[step][3] = 0;
   }
   state.max = -INFINITY;
@@ -394,8 +395,10 @@ __global__ void __launch_bounds__(kThreads, 2) DecodeAttention(const Params para
   const int lane = threadIdx.x % 32;
   const int group = args.num_q_heads / args.num_kv_heads;
   const float scale_log2 = args.scale * kLog2E;
+  ptx::LetNextLaunchBegin();
   BuildItems(args, shared);
   const int num_items = shared.first_item[args.num_seqs] * args.num_kv_heads;
+  if (static_cast<int>(blockIdx.x) >= num_items) return;  // there are items: other CTAs wait below
 
   Walk<kHeadDim> ahead;
   ahead.index = blockIdx.x;
@@ -413,8 +416,17 @@ __global__ void __launch_bounds__(kThreads, 2) DecodeAttention(const Params para
     }
     ptx::CopyAsyncCommit();
   };
+  bool waited = false;
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load();
+  for (int i = 0; i < kStages - 1; ++i) {
+    // The launch before this one writes a sequence's last page; the pages before it are older than the step.
+    if (!waited && more && ahead.page == NumPages(ahead.item.length) - 1) {
+      ptx::WaitForEarlierLaunches();
+      waited = true;
+    }
+    load();
+  }
+  if (!waited) ptx::WaitForEarlierLaunches();
 
   int stage = 0;
   uint32_t q[kHeadDim / 16][4];
@@ -451,8 +463,7 @@ cudaError_t Launch(const Params& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<num_sms * per_sm, kThreads, kBytes, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchOverlapped(kernel, num_sms * per_sm, kThreads, kBytes, stream, params);
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 // so that a sequence's output does not depend on the batch it is in. Lengths and page tables are read on the
 // device: a captured graph may be replayed with others.
 //
+// The launch may begin before the kernel before it in the stream ends: that one may still be writing q and
+// the last page of each sequence, but not lengths, page tables or other pages.
+//
 // Instances: head_dim 128, 96, 64, 32; num_q_heads / num_kv_heads up to 8. Needs sm_90a. Launch returns the
 // first CUDA error (cudaErrorInvalidValue: no such instance); it allocates nothing and synchronises nothing.
 

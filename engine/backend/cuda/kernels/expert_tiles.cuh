@@ -53,8 +53,8 @@ __device__ __forceinline__ ExpertTile FindExpertTile(const int32_t* expert_offse
   }
   ExpertTile found;
   found.expert = low;
-  found.first_slot = __ldg(expert_offsets + low) + (tile - prefix[low]) * kTokens;
-  found.num_tokens = min(__ldg(expert_offsets + low + 1) - found.first_slot, kTokens);
+  found.first_slot = expert_offsets[low] + (tile - prefix[low]) * kTokens;
+  found.num_tokens = min(expert_offsets[low + 1] - found.first_slot, kTokens);
   return found;
 }
 

@@ -7,6 +7,7 @@
 
 #include "engine/backend/cuda/kernels/expert_tiles.cuh"
 #include "engine/backend/cuda/kernels/grouped_gemm.h"
+#include "engine/backend/cuda/kernels/launch.cuh"
 #include "engine/backend/cuda/kernels/ptx.cuh"
 #include "engine/backend/cuda/kernels/tensor_map.h"
 
@@ -117,7 +118,7 @@ struct ScaleReader {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int slot = tile.first_slot + min(column * 8 + 2 * (lane & 3) + i, tile.num_tokens - 1);
-        const int row = args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot;
+        const int row = args.x_rows != nullptr ? args.x_rows[slot] : slot;
         tokens[column][i] = row * static_cast<int>(args.x_scales_stride);
       }
     }
@@ -128,8 +129,8 @@ struct ScaleReader {
     scales.rows[1] = __ldg(weight_scales + lower + k_block);
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
-      scales.tokens[column][0] = __ldg(args.x_scales + tokens[column][0] + k_block);
-      scales.tokens[column][1] = __ldg(args.x_scales + tokens[column][1] + k_block);
+      scales.tokens[column][0] = args.x_scales[tokens[column][0] + k_block];
+      scales.tokens[column][1] = args.x_scales[tokens[column][1] + k_block];
     }
   }
 };
@@ -230,7 +231,7 @@ __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kWarps>
       const int token = column * 8 + 2 * (lane & 3) + i;
       if (token >= tile.num_tokens) continue;
       const int slot = tile.first_slot + token;
-      const int out_row = args.out_rows != nullptr ? __ldg(args.out_rows + slot) : slot;
+      const int out_row = args.out_rows != nullptr ? args.out_rows[slot] : slot;
       __nv_bfloat16* out = args.out + out_row * args.out_stride;
       const float upper = sums[column][i];
       const float lower = sums[column][2 + i];
@@ -238,7 +239,7 @@ __device__ __forceinline__ void ConsumeTile(const Params& params, Shared<kWarps>
         const float silu = __fdividef(upper, 1.0f + __expf(-upper));
         out[row16 / 2 + lane / 4] = __float2bfloat16(silu * lower);
       } else {
-        const float scale = args.slot_scale != nullptr ? __ldg(args.slot_scale + slot) : 1.0f;
+        const float scale = args.slot_scale != nullptr ? args.slot_scale[slot] : 1.0f;
         out[row16 + lane / 4] = __float2bfloat16(scale * upper);
         out[row16 + lane / 4 + 8] = __float2bfloat16(scale * lower);
       }
@@ -262,7 +263,7 @@ __device__ __forceinline__ void Produce(const Params& params, const CUtensorMap*
     const uint8_t* x = nullptr;
     if (lane < tile.num_tokens) {
       const int slot = tile.first_slot + lane;
-      const int64_t row = args.x_rows != nullptr ? __ldg(args.x_rows + slot) : slot;
+      const int64_t row = args.x_rows != nullptr ? args.x_rows[slot] : slot;
       x = static_cast<const uint8_t*>(args.x) + row * args.x_stride * kElementBytes<kType>;
     }
     for (int k0 = 0; k0 < params.k_bytes; k0 += kStageK) {
@@ -310,8 +311,11 @@ __global__ void __launch_bounds__(Shape<kWarps>::kThreads, 1)
       ptx::BarrierInitFence();
     }
     __syncwarp();
+    ptx::WaitForEarlierLaunches();
     BuildExpertTiles<kTileTokens>(args.expert_offsets, args.num_experts, lane, shared.prefix);
   }
+  ptx::WaitForEarlierLaunches();
+  ptx::LetNextLaunchBegin();
   __syncthreads();  // barriers and tile list are ready
   if (warp == kGroups * kWarps) {
     Produce<kType, kWarps>(params, &map, shared, lane);
@@ -350,8 +354,7 @@ cudaError_t Launch(const GroupedGemmArgs& args, int num_sms, cudaStream_t stream
                               S::kRows, kGateUp, &map);
   if (error != cudaSuccess) return error;
   const Params params = {args, (args.rows + S::kRows - 1) / S::kRows, args.k * kElementBytes<kType>};
-  kernel<<<num_sms, S::kThreads, kBytes, stream>>>(params, map);
-  return cudaGetLastError();
+  return LaunchOverlapped(kernel, num_sms, S::kThreads, kBytes, stream, params, map);
 }
 
 template <ExpertType kType>

@@ -1,5 +1,7 @@
 #include "engine/backend/cuda/kernels/device.cuh"
+#include "engine/backend/cuda/kernels/launch.cuh"
 #include "engine/backend/cuda/kernels/norm.h"
+#include "engine/backend/cuda/kernels/ptx.cuh"
 
 namespace millrace::engine::cuda {
 namespace {
@@ -7,6 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) Embed(EmbedArgs args) {
+  ptx::LetNextLaunchBegin();
   const auto* row = reinterpret_cast<const Bf16x8*>(
       args.table + static_cast<int64_t>(args.tokens[blockIdx.x]) * args.hidden);
   auto* out = reinterpret_cast<float4*>(args.residual + static_cast<int64_t>(blockIdx.x) * args.hidden);
@@ -30,6 +33,8 @@ __device__ float InverseRms(const float* row, int hidden, float eps, float* scra
 __global__ void __launch_bounds__(kThreads) RmsNorm(RmsNormArgs args) {
   extern __shared__ float4 row4[];
   __shared__ float scratch[kThreads / 32];
+  ptx::LetNextLaunchBegin();
+  ptx::WaitForEarlierLaunches();
   const int64_t source = args.index == nullptr ? blockIdx.x : args.index[blockIdx.x];
   auto* const x = reinterpret_cast<float4*>(args.residual + source * args.hidden);
   const auto* const bias = reinterpret_cast<const float4*>(args.bias);
@@ -81,6 +86,8 @@ __global__ void __launch_bounds__(kThreads) MtpInput(MtpInputArgs args) {
 __device__ float Silu(float x) { return x / (1.0f + expf(-x)); }
 
 __global__ void __launch_bounds__(kThreads) Swiglu(SwigluArgs args) {
+  ptx::LetNextLaunchBegin();
+  ptx::WaitForEarlierLaunches();
   const int64_t count = static_cast<int64_t>(args.rows) * args.width / 8;
   const auto* const in = reinterpret_cast<const Bf16x8*>(args.gate_up);
   auto* const out = reinterpret_cast<Bf16x8*>(args.out);
@@ -110,8 +117,7 @@ cudaError_t LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
 cudaError_t LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
   if (args.hidden % 8 != 0 || (args.bias != nullptr && args.index != nullptr)) return cudaErrorInvalidValue;
-  RmsNorm<<<args.rows, kThreads, args.hidden * sizeof(float), stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOverlapped(RmsNorm, args.rows, kThreads, args.hidden * sizeof(float), stream, args);
 }
 
 cudaError_t LaunchMtpInput(const MtpInputArgs& args, cudaStream_t stream) {
@@ -124,8 +130,8 @@ cudaError_t LaunchSwiglu(const SwigluArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
   if (args.width % 8 != 0) return cudaErrorInvalidValue;
   const int64_t blocks = (static_cast<int64_t>(args.rows) * args.width / 8 + kThreads - 1) / kThreads;
-  Swiglu<<<static_cast<unsigned>(blocks < 4096 ? blocks : 4096), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOverlapped(Swiglu, static_cast<unsigned>(blocks < 4096 ? blocks : 4096), kThreads, 0, stream,
+                          args);
 }
 
 }  // namespace millrace::engine::cuda

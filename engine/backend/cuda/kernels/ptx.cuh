@@ -56,6 +56,19 @@ __device__ __forceinline__ void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// ---- order of launches ----------------------------------------------------------------------------------
+
+// For kernels launched with LaunchOverlapped (launch.cuh). Returns when every earlier launch of the stream
+// has ended and what it wrote is visible: nothing that a step computes is read or written before it, and
+// every thread that goes on calls it. Data read after it must not take the non-coherent path (__ldg).
+__device__ __forceinline__ void WaitForEarlierLaunches() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// Lets the next launch begin as soon as every CTA of this one has called it (or ended) and room is left.
+__device__ __forceinline__ void LetNextLaunchBegin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // ---- copies ---------------------------------------------------------------------------------------------
 
 // 16 bytes, global to shared, through L2 only. With `valid` false writes zeros and reads nothing.

@@ -1,4 +1,6 @@
 #include "engine/backend/cuda/kernels/device.cuh"
+#include "engine/backend/cuda/kernels/launch.cuh"
+#include "engine/backend/cuda/kernels/ptx.cuh"
 #include "engine/backend/cuda/kernels/qk_rope.h"
 
 namespace millrace::engine::cuda {
@@ -54,6 +56,8 @@ __device__ void Rotate(float (&x)[kPerLane], const float* cosine, int pairs, int
 
 // Warp per (row, head).
 __global__ void __launch_bounds__(32 * kWarps) QkRope(QkRopeArgs args) {
+  ptx::LetNextLaunchBegin();
+  ptx::WaitForEarlierLaunches();
   const int heads_all = args.heads + 2 * args.kv_heads;
   const int64_t task = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (task >= int64_t{args.rows} * heads_all) return;
@@ -104,8 +108,8 @@ cudaError_t LaunchQkRope(const QkRopeArgs& args, cudaStream_t stream) {
   if (args.head_dim % 8 != 0 || args.head_dim > 32 * kPerLane || args.pairs % kPerLane != 0)
     return cudaErrorInvalidValue;
   const int64_t tasks = int64_t{args.rows} * (args.heads + 2 * args.kv_heads);
-  QkRope<<<static_cast<unsigned>((tasks + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOverlapped(QkRope, static_cast<unsigned>((tasks + kWarps - 1) / kWarps), 32 * kWarps, 0,
+                          stream, args);
 }
 
 }  // namespace millrace::engine::cuda

@@ -1,3 +1,5 @@
+#include "engine/backend/cuda/kernels/launch.cuh"
+#include "engine/backend/cuda/kernels/ptx.cuh"
 #include "engine/backend/cuda/kernels/quantize.cuh"
 #include "engine/backend/cuda/kernels/quantize.h"
 
@@ -9,6 +11,8 @@ constexpr int kThreads = 256;
 
 // Half a warp per block of 128: 8 elements per thread.
 __global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeRowsArgs args, int64_t num_blocks) {
+  ptx::WaitForEarlierLaunches();
+  ptx::LetNextLaunchBegin();
   const int blocks_per_row = args.k / kBlock;
   const int lane = threadIdx.x % 16;
   const int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 16;
@@ -31,8 +35,7 @@ cudaError_t LaunchQuantizeRows(const QuantizeRowsArgs& args, cudaStream_t stream
   if (args.num_rows == 0) return cudaSuccess;
   const int64_t num_blocks = static_cast<int64_t>(args.num_rows) * (args.k / kBlock);
   const int64_t ctas = (num_blocks * 16 + kThreads - 1) / kThreads;
-  QuantizeRows<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(args, num_blocks);
-  return cudaGetLastError();
+  return LaunchOverlapped(QuantizeRows, static_cast<unsigned>(ctas), kThreads, 0, stream, args, num_blocks);
 }
 
 }  // namespace millrace::engine::cuda

@@ -4,6 +4,7 @@
 namespace millrace::test {
 
 void TestStepKernels();
+void TestFewRows();
 void TestSampling();
 void TestStepRunner();
 
