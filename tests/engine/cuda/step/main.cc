@@ -1,5 +1,5 @@
-// Runs the tests of the step's kernels and of whole steps. `step_test [kernels|few|sampling|runner]`: only
-// those. Exit code 0: all passed; 77: no GPU of compute capability 9.0 here, nothing was run.
+// Runs the tests of the step's kernels and of whole steps. `step_test [kernels|few|sampling|runner|error]`:
+// only those. Exit code 0: all passed; 77: no GPU of compute capability 9.0 here, nothing was run.
 
 #include <string>
 
@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
   if (only.empty() || only == "few") TestFewRows();
   if (only.empty() || only == "sampling") TestSampling();
   if (only.empty() || only == "runner") TestStepRunner();
+  if (only.empty() || only == "error") TestDeviceError();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures == 0 && checks > 0 ? 0 : 1;
 }

@@ -211,6 +211,23 @@ void TestRefusals(Harness& h) {
 
 }  // namespace
 
+// Last of all: nothing works on the device after it.
+void TestDeviceError() {
+  Harness h(false);
+  Sequence s = MakeSequence(3, 0, 8);
+  s.pages = {1 << 24};  // far beyond the pool: the layer's KV write faults
+  StepOutput output;
+  const Result broken = h.runner->Run(Batch{{Part(s, 0, 3, 1)}}, nullptr, &output);
+  std::printf("a kernel that faults: %s\n", broken.message().c_str());
+  EXPECT(broken.message().find("cuda: ") == 0 &&
+             broken.message().find("cudaErrorIllegalAddress") != std::string::npos &&
+             broken.message().find('\n') == std::string::npos,
+         "said: %s", broken.message().c_str());
+  const Sequence healthy = MakeSequence(3, 0, 8);
+  EXPECT(!h.runner->Run(Batch{{Part(healthy, 0, 3, 1)}}, nullptr, &output).ok(),
+         "a step ran on a broken device");
+}
+
 void TestStepRunner() {
   for (const bool fp8 : {false, true}) {
     Harness h(fp8);

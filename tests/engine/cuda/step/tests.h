@@ -7,5 +7,6 @@ void TestStepKernels();
 void TestFewRows();
 void TestSampling();
 void TestStepRunner();
+void TestDeviceError();
 
 }  // namespace millrace::test
