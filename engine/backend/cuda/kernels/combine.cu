@@ -13,14 +13,16 @@ __global__ void __launch_bounds__(kCombineThreads) Combine(CombineArgs args) {
   extern __shared__ float4 row4[];
   __shared__ float scratch[kCombineThreads / 32];
   ptx::LetNextLaunchBegin();
+  const bool padding = static_cast<int>(blockIdx.x) >= *args.valid_rows;
+  const NormWeights<kCombineThreads> norm(args.norm_weight, args.hidden);
   ptx::WaitForEarlierLaunches();
-  if (static_cast<int>(blockIdx.x) >= *args.valid_rows) return;
+  if (padding) return;
   const int64_t row = blockIdx.x;
   const auto* const in =
       reinterpret_cast<const Bf16x8*>(args.expert_out + row * args.slots_per_token * args.hidden);
   const int columns = args.hidden / 8;
-  CombineRow(args.residual + row * args.hidden, args.norm_weight, args.normed + row * args.hidden,
-             args.hidden, args.eps, row4, scratch, [&](int i, float(&sum)[8]) {
+  CombineRow(args.residual + row * args.hidden, norm, args.normed + row * args.hidden, args.hidden, args.eps,
+             row4, scratch, [&](int i, float(&sum)[8]) {
                for (int first = 0; first < args.slots_per_token; first += kAhead) {
                  Bf16x8 rows[kAhead];
 #pragma unroll

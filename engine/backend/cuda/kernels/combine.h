@@ -11,11 +11,12 @@ namespace millrace::engine::cuda {
 
 struct CombineArgs {
   const __nv_bfloat16* expert_out =
-      nullptr;                          // [rows, slots_per_token, hidden], multiplied by the router's weights
-  const int32_t* valid_rows = nullptr;  // device scalar: rows from here on are left alone
-  float* residual = nullptr;            // [rows, hidden], added to
-  const float* norm_weight = nullptr;   // [hidden], or null: no norm
-  __nv_bfloat16* normed = nullptr;      // [rows, hidden], written with norm_weight
+      nullptr;  // [rows, slots_per_token, hidden], multiplied by the router's weights
+  const int32_t* valid_rows =
+      nullptr;                         // device scalar, older than the step: rows from here on are left alone
+  float* residual = nullptr;           // [rows, hidden], added to
+  const float* norm_weight = nullptr;  // [hidden], or null: no norm
+  __nv_bfloat16* normed = nullptr;     // [rows, hidden], written with norm_weight
   int32_t rows = 0;
   int32_t slots_per_token = 0;
   int32_t hidden = 0;  // a multiple of 8

@@ -194,17 +194,9 @@ __global__ void __launch_bounds__(kThreads) Return(const __grid_constant__ EpRet
                       (row * group.shape.ranks + group.rank) * columns;
     for (int i = threadIdx.x; i < columns; i += kThreads) {
       float sum[8] = {};
-      for (int first = 0; first < top_k; first += 8) {  // eight loads in flight, then their sums in order
-        Bf16x8 rows[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if ((chosen >> (first + j) & 1) == 0) continue;
-          rows[j] = in[(static_cast<int64_t>(token) * top_k + first + j) * columns + i];
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if ((chosen >> (first + j) & 1) != 0) AddTo(sum, rows[j]);
-        }
+#pragma unroll 8
+      for (int j = 0; j < top_k; ++j) {
+        if ((chosen >> j & 1) != 0) AddTo(sum, in[(static_cast<int64_t>(token) * top_k + j) * columns + i]);
       }
       out[i] = Narrow(sum);
     }
@@ -226,6 +218,7 @@ __global__ void __launch_bounds__(kThreads) EpCombine(const __grid_constant__ Ep
   }
   if (!__syncthreads_and(arrived)) return;  // the step is void
   const int columns = group.shape.hidden / 8;
+  const NormWeights<kThreads> norm(args.norm_weight, group.shape.hidden);
   for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
     const uint32_t place = PlaceOfChoice(group, args.experts, row, threadIdx.x % 32);
     uint32_t ranks = 0;  // that returned a sum
@@ -236,16 +229,11 @@ __global__ void __launch_bounds__(kThreads) EpCombine(const __grid_constant__ Ep
     const auto* const partial = reinterpret_cast<const Bf16x8*>(window.partial) +
                                 static_cast<int64_t>(row) * group.shape.ranks * columns;
     const int64_t at = static_cast<int64_t>(row) * group.shape.hidden;
-    CombineRow(args.residual + at, args.norm_weight, args.normed + at, group.shape.hidden, args.eps, row4,
-               scratch, [&](int i, float(&sum)[8]) {
-                 Bf16x8 rows[kEpRanksMax];
+    CombineRow(args.residual + at, norm, args.normed + at, group.shape.hidden, args.eps, row4, scratch,
+               [&](int i, float(&sum)[8]) {
 #pragma unroll
                  for (int r = 0; r < kEpRanksMax; ++r) {
-                   if ((ranks >> r & 1) != 0) rows[r] = partial[r * columns + i];
-                 }
-#pragma unroll
-                 for (int r = 0; r < kEpRanksMax; ++r) {
-                   if ((ranks >> r & 1) != 0) AddTo(sum, rows[r]);
+                   if ((ranks >> r & 1) != 0) AddTo(sum, partial[r * columns + i]);
                  }
                  if (args.local != nullptr) AddTo(sum, reinterpret_cast<const Bf16x8*>(args.local + at)[i]);
                });

@@ -1,5 +1,6 @@
 #include <cuda_fp16.h>
 
+#include "engine/backend/cuda/kernels/combine.cuh"
 #include "engine/backend/cuda/kernels/few_rows.h"
 #include "engine/backend/cuda/kernels/launch.cuh"
 #include "engine/backend/cuda/kernels/ptx.cuh"
@@ -125,9 +126,7 @@ __global__ void __launch_bounds__(kThreads) FewRowsRoute(const FewRowsRouteArgs 
   weights.row = reinterpret_cast<const Bf16x8*>(args.router) +
                 static_cast<int64_t>(min(expert, args.select.num_experts - 1)) * columns;
   weights.Load(0, lane);
-  const auto* const norm = reinterpret_cast<const float4*>(args.norm_weight);
-  const int mine = 2 * min(static_cast<int>(threadIdx.x), columns - 1);  // of this thread's first columns
-  const float4 first_norm[2] = {__ldg(norm + mine), __ldg(norm + mine + 1)};
+  const NormWeights<kThreads> norm(args.norm_weight, args.hidden);
   const int rows = min(*args.select.valid_rows, kRows);
   if (args.select.bias != nullptr) {
     for (int i = threadIdx.x; i < args.select.num_experts; i += kThreads)
@@ -145,9 +144,7 @@ __global__ void __launch_bounds__(kThreads) FewRowsRoute(const FewRowsRouteArgs 
     const float scale = rsqrtf(BlockSum(squares, scratch) / static_cast<float>(args.hidden) + args.eps);
     for (int i = threadIdx.x; i < columns; i += kThreads) {
       const float4 a = x[2 * i], b = x[2 * i + 1];
-      const bool first = i < kThreads;
-      const float4 v = first ? first_norm[0] : __ldg(norm + 2 * i);
-      const float4 u = first ? first_norm[1] : __ldg(norm + 2 * i + 1);
+      const float4 v = norm.At(i, 0), u = norm.At(i, 1);
       const float wide[8] = {a.x * scale * v.x, a.y * scale * v.y, a.z * scale * v.z, a.w * scale * v.w,
                              b.x * scale * u.x, b.y * scale * u.y, b.z * scale * u.z, b.w * scale * u.w};
       const Bf16x8 narrow = Narrow(wide);

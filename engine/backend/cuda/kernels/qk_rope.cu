@@ -57,7 +57,6 @@ __device__ void Rotate(float (&x)[kPerLane], const float* cosine, int pairs, int
 // Warp per (row, head).
 __global__ void __launch_bounds__(32 * kWarps) QkRope(QkRopeArgs args) {
   ptx::LetNextLaunchBegin();
-  ptx::WaitForEarlierLaunches();
   const int heads_all = args.heads + 2 * args.kv_heads;
   const int64_t task = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (task >= int64_t{args.rows} * heads_all) return;
@@ -68,6 +67,8 @@ __global__ void __launch_bounds__(32 * kWarps) QkRope(QkRopeArgs args) {
   const bool inside = d < args.head_dim;
   const bool is_query = head < args.heads;
   const int slot = args.kv_slots[row];
+  const float* const rope = args.rope + static_cast<int64_t>(args.positions[row]) * 2 * args.pairs;
+  ptx::WaitForEarlierLaunches();
   if (!is_query && slot < 0) return;
   float x[kPerLane] = {};
   if (inside) {
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWarps) QkRope(QkRopeArgs args) {
       const float scale = rsqrtf(sum / static_cast<float>(args.head_dim) + args.eps);
       if (inside) Scale(x, weight + d, scale);
     }
-    Rotate(x, args.rope + static_cast<int64_t>(args.positions[row]) * 2 * args.pairs, args.pairs, lane);
+    Rotate(x, rope, args.pairs, lane);
   }
   if (!inside) return;
   const Bf16x4 out = {{__floats2bfloat162_rn(x[0], x[1]), __floats2bfloat162_rn(x[2], x[3])}};
