@@ -15,7 +15,7 @@ struct QkRopeArgs {
   const float* query_norm = nullptr;   // [head_dim], or null: no QK norm
   const float* key_norm = nullptr;     // [head_dim], or null
   const float* rope = nullptr;         // [positions, 2 * pairs]: cos, then sin of each pair
-  const int32_t* positions = nullptr;  // [rows]
+  const int32_t* positions = nullptr;  // [rows], older than the step, as kv_slots
   const int32_t* kv_slots = nullptr;  // [rows] page * 64 + token in the page, or negative: K and V go nowhere
   __nv_bfloat16* query = nullptr;     // [rows, heads * head_dim], written; not scaled
   __nv_bfloat16* kv_layer = nullptr;  // this layer's pages, [page][k|v][kv head][64][head_dim]
