@@ -11,6 +11,12 @@ namespace {
 constexpr uint64_t kHedgeBytesFree = 8 << 20;
 constexpr double kHedgePart = 0.05;
 
+// A peer that was lost may be opened again, while its side still has connections of the time before, and with
+// them what it knows of slices (landing.h). Numbers that came again would be taken for leftovers for ever, so
+// each Peer of this process has its own, above those of all before it: ids of peers only grow. A peer has
+// 2^40 slices.
+constexpr int kSliceBits = 40;
+
 }  // namespace
 
 Peer::Peer(PeerId id, uint64_t epoch, std::string name, const Options* options, const Clock* clock,
@@ -21,7 +27,8 @@ Peer::Peer(PeerId id, uint64_t epoch, std::string name, const Options* options, 
       options_(options),
       clock_(clock),
       seeds_(seed),
-      created_(clock->Now()) {}
+      created_(clock->Now()),
+      queue_((uint64_t{id} << kSliceBits) + 1) {}
 
 Peer::~Peer() {
   if (!lost()) Lose(Cancelled("the transfer engine is shutting down"));

@@ -21,6 +21,9 @@ namespace millrace::transfer {
 
 class SliceQueue {
  public:
+  // Slices are numbered from `first_slice` on.
+  explicit SliceQueue(uint64_t first_slice = 1) : next_slice_(first_slice) {}
+
   // Takes over a request. Each of these calls may run its `done`, and those of other requests.
   void Add(Operation operation, TicketId ticket, int32_t priority, TimePoint now, TimePoint deadline,
            std::shared_ptr<IntentList> intents, RequestDone done);
@@ -80,7 +83,7 @@ class SliceQueue {
   uint64_t RetiredBelow() const { return slices_.empty() ? next_slice_ : slices_.begin()->first; }
 
   uint64_t next_request_ = 1;
-  uint64_t next_slice_ = 1;
+  uint64_t next_slice_;
   absl::flat_hash_map<uint64_t, std::unique_ptr<Pending>> requests_;
   std::set<Key> ready_;                             // requests with bytes that no path has taken yet
   std::set<Key> deadlines_;                         // requests that have one

@@ -4,6 +4,8 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/use_awaitable.hpp>
 
+#include "server/gateway/strand_runner.h"
+
 namespace millrace::server {
 
 namespace net = boost::asio;
@@ -70,6 +72,8 @@ void Answer::NoteEnd(const std::string& outcome) {
 void Answer::Begin() {
   record_.admitted = Clock::System().Now();
   context_.log.Put(record_);
+  // Shared by the choices.
+  const auto runner = std::make_shared<StrandRunner>(executor_);
   for (int32_t i = 0; i < request_.num_choices(); ++i)
     running_.push_back({Choice(request_, context_.tokenizer, i), nullptr, {}});
   for (size_t i = 0; i < running_.size() && !ended_; ++i) {
@@ -82,7 +86,7 @@ void Answer::Begin() {
     wanted.cache_salt = request_.cache_salt;
     wanted.deadline = deadline_;
     running_[i].generation =
-        Generation::Create(executor_, context_.membership, context_.in_flight, context_.options, wanted,
+        Generation::Create(runner, context_.membership, context_.in_flight, context_.options, wanted,
                            [weak = weak_from_this(), i](const Generation::Event& event) {
                              if (const auto self = weak.lock(); self != nullptr) self->OnEvent(i, event);
                            });

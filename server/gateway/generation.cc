@@ -1,14 +1,10 @@
 #include "server/gateway/generation.h"
 
-#include <algorithm>
-#include <boost/asio/post.hpp>
-
 #include "base/log.h"
+#include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
 
 namespace millrace::server {
-
-namespace net = boost::asio;
 
 namespace {
 
@@ -17,11 +13,6 @@ namespace {
 constexpr Duration kLookEvery = std::chrono::milliseconds(250);
 constexpr Duration kSilenceMin = std::chrono::seconds(1);
 constexpr Duration kAskAgainEvery = std::chrono::milliseconds(100);
-
-Status FromGrpc(const grpc::Status& status) {
-  // gRPC's codes are absl's codes.
-  return MakeStatus(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
-}
 
 // Another worker may do what this one could not. kCancelled: not by this gateway, so by a worker that ends.
 // kInternal: its engine failed, or the connection broke in a way that gRPC has no better word for.
@@ -42,20 +33,19 @@ bool AnotherMay(const Status& status) {
 
 }  // namespace
 
-// Carries gRPC's callbacks of one attempt to the generation's executor.
+// Carries gRPC's callbacks of one attempt to the generation's runner.
 class Generation::Observer : public GenerateObserver {
  public:
   // Shared with the generation because a call's last callback may come after the client has gone.
   Observer(std::shared_ptr<Generation> generation, int32_t attempt)
       : generation_(std::move(generation)), attempt_(attempt) {}
   void OnEvent(const rpc::GenerateEvent& event) override {
-    net::post(generation_->executor_,
-              [generation = generation_, attempt = attempt_, event] { generation->OnEvent(attempt, event); });
+    generation_->runner_->Post(
+        [generation = generation_, attempt = attempt_, event] { generation->OnEvent(attempt, event); });
   }
   void OnDone(const grpc::Status& status) override {
-    net::post(generation_->executor_, [generation = generation_, attempt = attempt_, status] {
-      generation->OnDone(attempt, status);
-    });
+    generation_->runner_->Post(
+        [generation = generation_, attempt = attempt_, status] { generation->OnDone(attempt, status); });
   }
 
  private:
@@ -63,16 +53,15 @@ class Generation::Observer : public GenerateObserver {
   const int32_t attempt_;
 };
 
-Generation::Generation(net::any_io_executor executor, Membership& membership, InFlight& in_flight,
+Generation::Generation(std::shared_ptr<TaskRunner> runner, Membership& membership, InFlight& in_flight,
                        const GenerationOptions& options, const GenerationRequest& request,
                        std::function<void(const Event&)> on_event)
     : presence_(in_flight),
-      executor_(std::move(executor)),
+      runner_(std::move(runner)),
       membership_(membership),
       in_flight_(in_flight),
       options_(options),
       deadline_(request.deadline),
-      timer_(executor_),
       on_event_(std::move(on_event)) {
   request_.set_protocol_version(kProtocolVersion);
   request_.set_request_id(request.id);
@@ -82,17 +71,17 @@ Generation::Generation(net::any_io_executor executor, Membership& membership, In
   SamplingToProto(request.sampling, request_.mutable_sampling());
 }
 
-std::shared_ptr<Generation> Generation::Create(net::any_io_executor executor, Membership& membership,
+std::shared_ptr<Generation> Generation::Create(std::shared_ptr<TaskRunner> runner, Membership& membership,
                                                InFlight& in_flight, const GenerationOptions& options,
                                                const GenerationRequest& request,
                                                std::function<void(const Event&)> on_event) {
   // Shared: its answer and the callbacks of a running call both hold it.
   return std::shared_ptr<Generation>(
-      new Generation(std::move(executor), membership, in_flight, options, request, std::move(on_event)));
+      new Generation(std::move(runner), membership, in_flight, options, request, std::move(on_event)));
 }
 
 void Generation::Dispatch() {
-  const auto left = deadline_ == kNoDeadline ? Duration::max() : deadline_ - Clock::System().Now();
+  const auto left = deadline_ == kNoDeadline ? Duration::max() : deadline_ - runner_->Now();
   if (left <= Duration::zero()) return Finish(DeadlineExceeded("the request's time was used up"));
   RouteRequest wanted;
   wanted.prompt_tokens = request_.prompt_size() + request_.output_size();
@@ -117,19 +106,16 @@ void Generation::Dispatch() {
     request_.set_model_digest(worker.model_digest);
   }
   request_.mutable_prefill()->Assign(route->prefill.begin(), route->prefill.end());
-  auto grpc_deadline = std::chrono::system_clock::time_point::max();
-  if (deadline_ != kNoDeadline) {
+  if (deadline_ != kNoDeadline)
     request_.set_timeout_us(std::chrono::duration_cast<std::chrono::microseconds>(left).count());
-    grpc_deadline = std::chrono::system_clock::now() + left;
-  }
   decode_lease_ = in_flight_.Take(route->decode, /*judged=*/true);
   if (!route->prefill.empty()) prefill_lease_ = in_flight_.Take(route->prefill.front(), /*judged=*/false);
   ++attempt_;
   ++fruitless_;
   failed_.push_back(decode_);  // if this attempt ends without a finish, another worker goes on
-  heard_ = Clock::System().Now();
-  call_ = StartGenerate(membership_.ChannelTo(route->decode), request_, grpc_deadline,
-                        std::make_shared<Observer>(shared_from_this(), attempt_));
+  heard_ = runner_->Now();
+  call_ = membership_.Generate(route->decode, request_, deadline_,
+                               std::make_shared<Observer>(shared_from_this(), attempt_));
   Watch();
 }
 
@@ -137,7 +123,7 @@ void Generation::Dispatch() {
 // it.
 void Generation::NobodyServes(const Status& why) {
   if (cause_.ok()) return Finish(why);
-  const TimePoint now = Clock::System().Now();
+  const TimePoint now = runner_->Now();
   if (waiting_since_ == TimePoint{}) waiting_since_ = now;
   const bool full = cause_.code() == absl::StatusCode::kResourceExhausted && request_.output().empty();
   // The first cause says more than "no worker".
@@ -146,16 +132,19 @@ void Generation::NobodyServes(const Status& why) {
   Retry(kAskAgainEvery);
 }
 
-void Generation::Watch() {
-  timer_.expires_after(std::chrono::duration_cast<net::steady_timer::duration>(kLookEvery));
-  timer_.async_wait([self = shared_from_this(), attempt = attempt_](const boost::system::error_code& error) {
-    if (!error && !self->ended_ && attempt == self->attempt_) self->LookAfterWorker();
+void Generation::SetTimer(Duration wait, void (Generation::*then)()) {
+  if (timer_.has_value()) runner_->CancelTimer(*timer_);
+  timer_ = runner_->PostAt(runner_->Now() + wait, [self = shared_from_this(), then] {
+    self->timer_.reset();
+    (self.get()->*then)();
   });
 }
 
+void Generation::Watch() { SetTimer(kLookEvery, &Generation::LookAfterWorker); }
+
 // The stream of a worker that is frozen or stuck just stays silent: its heartbeat tells it from a slow one.
 void Generation::LookAfterWorker() {
-  const Duration silent = Clock::System().Now() - heard_;
+  const Duration silent = runner_->Now() - heard_;
   if (silent < kSilenceMin || membership_.Alive(decode_, decode_epoch_)) return Watch();
   call_->Cancel();
   Lost(Unavailable("worker {} shows no sign of life", decode_));
@@ -176,10 +165,7 @@ void Generation::Lost(const Status& cause) {
 
 void Generation::Retry(Duration wait) {
   if (wait == Duration(0)) return Dispatch();
-  timer_.expires_after(std::chrono::duration_cast<net::steady_timer::duration>(wait));
-  timer_.async_wait([self = shared_from_this()](const boost::system::error_code& error) {
-    if (!error && !self->ended_) self->Dispatch();
-  });
+  SetTimer(wait, &Generation::Dispatch);
 }
 
 void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
@@ -196,12 +182,12 @@ void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
   }
   if (!event.has_token()) return;
   engine::TokenEvent token = TokenFromProto(event.token());
-  if (token.index != request_.output_size() || finish_seen_) {
+  if (token.index != request_.output_size()) {
     call_->Cancel();
     return Finish(
         Internal("worker {} sent token {} when {} was due", decode_, token.index, request_.output_size()));
   }
-  heard_ = Clock::System().Now();
+  heard_ = runner_->Now();
   fruitless_ = 0;
   failed_ = {decode_};
   cause_ = OkStatus();
@@ -209,8 +195,9 @@ void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
   request_.mutable_sampling()->set_prompt_logprobs(false);  // they came with this token, if ever
   prefill_lease_.Release();
   request_.add_output(token.token.token);
-  finish_seen_ = token.finish != engine::FinishReason::kNone;
   on_event_(token);
+  // The answer is whole: what becomes of its worker and its stream now is nothing to it.
+  if (token.finish != engine::FinishReason::kNone) Finish(OkStatus());
 }
 
 bool Generation::CanContinue(const Status& status) const {
@@ -219,7 +206,6 @@ bool Generation::CanContinue(const Status& status) const {
 
 void Generation::OnDone(int32_t attempt, const grpc::Status& status) {
   if (attempt != attempt_ || ended_) return;
-  if (finish_seen_) return Finish(OkStatus());
   if (status.ok()) return Finish(Internal("worker {} ended the answer without a finish reason", decode_));
   Lost(FromGrpc(status));
 }
@@ -227,7 +213,7 @@ void Generation::OnDone(int32_t attempt, const grpc::Status& status) {
 void Generation::Finish(Status status) {
   if (ended_) return;
   ended_ = true;
-  timer_.cancel();
+  if (timer_.has_value()) runner_->CancelTimer(*timer_);
   decode_lease_.Release();
   prefill_lease_.Release();
   on_event_(End{std::move(status)});

@@ -2,12 +2,9 @@
 // One choice on its way: picks workers, follows the stream, and continues it on another worker when one is
 // lost.
 
-#include <grpcpp/grpcpp.h>
-
-#include <boost/asio/any_io_executor.hpp>
-#include <boost/asio/steady_timer.hpp>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -18,6 +15,7 @@
 #include "server/gateway/request_log.h"
 #include "server/router/membership.h"
 #include "server/rpc/generate_client.h"
+#include "server/rpc/task_runner.h"
 
 namespace millrace::server {
 
@@ -37,7 +35,7 @@ struct GenerationRequest {
   TimePoint deadline = kNoDeadline;
 };
 
-// Confined to its executor (a strand): every method is called there; gRPC's threads only post to it. Tokens
+// Confined to its runner (a strand): every method is called there; gRPC's threads only post to it. Tokens
 // come out gap-free and once each, whichever worker made them.
 class Generation : public std::enable_shared_from_this<Generation> {
  public:
@@ -46,9 +44,9 @@ class Generation : public std::enable_shared_from_this<Generation> {
   };
   using Event = std::variant<engine::TokenEvent, PhaseTimes, End>;
 
-  // `membership` and `in_flight` outlive the generation. `on_event` is called on the executor; nothing comes
-  // after End.
-  static std::shared_ptr<Generation> Create(boost::asio::any_io_executor executor, Membership& membership,
+  // `membership` and `in_flight` outlive the generation; the runner is shared with others of one strand.
+  // `on_event` is called on it; nothing comes after End.
+  static std::shared_ptr<Generation> Create(std::shared_ptr<TaskRunner> runner, Membership& membership,
                                             InFlight& in_flight, const GenerationOptions& options,
                                             const GenerationRequest& request,
                                             std::function<void(const Event&)> on_event);
@@ -61,7 +59,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
  private:
   class Observer;
 
-  Generation(boost::asio::any_io_executor executor, Membership& membership, InFlight& in_flight,
+  Generation(std::shared_ptr<TaskRunner> runner, Membership& membership, InFlight& in_flight,
              const GenerationOptions& options, const GenerationRequest& request,
              std::function<void(const Event&)> on_event);
   void Dispatch();
@@ -70,6 +68,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void LookAfterWorker();
   void Lost(const Status& cause);
   void Retry(Duration wait);
+  void SetTimer(Duration wait, void (Generation::*then)());
   void OnEvent(int32_t attempt, const rpc::GenerateEvent& event);
   void OnDone(int32_t attempt, const grpc::Status& status);
   void Finish(Status status);
@@ -77,7 +76,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
 
   const InFlight::Presence
       presence_;  // first, so that it goes last: what follows needs the gateway's threads
-  const boost::asio::any_io_executor executor_;
+  const std::shared_ptr<TaskRunner> runner_;
   Membership& membership_;
   InFlight& in_flight_;
   const GenerationOptions options_;
@@ -85,19 +84,18 @@ class Generation : public std::enable_shared_from_this<Generation> {
   rpc::GenerateRequest request_;  // output grows with every token, so that another worker can continue
   std::string decode_;            // of the attempt
   uint64_t decode_epoch_ = 0;
-  std::vector<std::string> failed_;  // decode workers that failed this request since its last token
-  int32_t attempt_ = 0;              // events of earlier attempts are stale
-  int32_t fruitless_ = 0;            // attempts since the last token
-  Status cause_;                     // why the last attempt failed
-  TimePoint waiting_since_{};        // since when there is no worker to go on with; 0 = there is
-  TimePoint heard_{};                // from the worker of the attempt
-  boost::asio::steady_timer timer_;  // looks after the worker, or waits for the next attempt
+  std::vector<std::string> failed_;           // decode workers that failed this request since its last token
+  int32_t attempt_ = 0;                       // events of earlier attempts are stale
+  int32_t fruitless_ = 0;                     // attempts since the last token
+  Status cause_;                              // why the last attempt failed
+  TimePoint waiting_since_{};                 // since when there is no worker to go on with; 0 = there is
+  TimePoint heard_{};                         // from the worker of the attempt
+  std::optional<TaskRunner::TimerId> timer_;  // looks after the worker, or waits for the next attempt
   std::shared_ptr<GenerateCall> call_;
   InFlight::Lease decode_lease_;
   InFlight::Lease prefill_lease_;  // until the first token of the attempt
   const std::function<void(const Event&)> on_event_;
-  bool finish_seen_ = false;  // a token with a finish reason came
-  bool ended_ = false;        // End was said
+  bool ended_ = false;  // End was said
 };
 
 }  // namespace millrace::server

@@ -40,7 +40,7 @@ InFlight::Lease InFlight::Take(const std::string& address, bool judged) {
 Duration InFlight::NextRetry() {
   constexpr Duration kSpread = std::chrono::milliseconds(20);
   std::lock_guard lock(mutex_);
-  const Duration wait = retries_.Take(Clock::System().Now());
+  const Duration wait = retries_.Take(clock_->Now());
   if (wait == Duration(0)) return wait;
   return wait + Duration(static_cast<int64_t>(random_.Uniform() * static_cast<double>(kSpread.count())));
 }

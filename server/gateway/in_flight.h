@@ -19,6 +19,10 @@ namespace millrace::server {
 // Thread-safe. Outlives its leases and every generation.
 class InFlight {
  public:
+  // `clock` outlives it; `seed` is for jitter.
+  explicit InFlight(const Clock* clock = &Clock::System(), uint64_t seed = RandomId())
+      : clock_(clock), health_({}, clock, seed), random_(seed) {}
+
   // One request at one worker, for as long as the lease lives. Movable.
   class Lease {
    public:
@@ -67,12 +71,13 @@ class InFlight {
   void Apply(std::vector<WorkerSnapshot>* workers);
 
  private:
+  const Clock* const clock_;
   mutable std::mutex mutex_;
   std::map<std::string, int32_t> counts_;  // never zero
   std::atomic<int32_t> generations_ = 0;
   WorkerHealth health_;
-  RetryBudget retries_;        // under mutex_
-  Random random_{RandomId()};  // under mutex_
+  RetryBudget retries_;  // under mutex_
+  Random random_;        // under mutex_
 };
 
 }  // namespace millrace::server

@@ -168,8 +168,10 @@ class WatchedMembership final : public Membership {
     return all;
   }
 
-  std::shared_ptr<grpc::Channel> ChannelTo(const std::string& address) override {
-    return channels_.Get(address);
+  std::shared_ptr<GenerateCall> Generate(const std::string& address, const rpc::GenerateRequest& request,
+                                         TimePoint deadline,
+                                         std::shared_ptr<GenerateObserver> observer) override {
+    return StartGenerate(channels_.Get(address), request, GrpcDeadline(deadline), std::move(observer));
   }
 
   bool Alive(const std::string& address, uint64_t epoch) const override {

@@ -11,6 +11,7 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "server/router/router.h"
+#include "server/rpc/generate_client.h"
 
 namespace millrace::server {
 
@@ -38,8 +39,10 @@ class Membership {
   virtual ~Membership() = default;  // ends every stream
   // Sorted by address; cached_tokens is for `query`. `avoid` is not set.
   virtual std::vector<WorkerSnapshot> Snapshot(const CacheQuery& query = {}) const = 0;
-  // The shared channel to a worker, known or not.
-  virtual std::shared_ptr<grpc::Channel> ChannelTo(const std::string& address) = 0;
+  // Starts the call at a worker, known or not, over the channel that all share; see StartGenerate.
+  virtual std::shared_ptr<GenerateCall> Generate(const std::string& address,
+                                                 const rpc::GenerateRequest& request, TimePoint deadline,
+                                                 std::shared_ptr<GenerateObserver> observer) = 0;
   // The process of that epoch at that address speaks, and says that it computes.
   virtual bool Alive(const std::string& address, uint64_t epoch) const = 0;
   // True once a worker of each needed kind was seen ready, now: (decode or both).

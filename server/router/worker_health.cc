@@ -2,8 +2,8 @@
 
 namespace millrace::server {
 
-WorkerHealth::WorkerHealth(const BreakerOptions& options, const Clock* clock)
-    : options_(options), clock_(clock), random_(RandomId()) {}
+WorkerHealth::WorkerHealth(const BreakerOptions& options, const Clock* clock, uint64_t seed)
+    : options_(options), clock_(clock), random_(seed) {}
 
 void WorkerHealth::Begin(const std::string& address) {
   std::lock_guard lock(mutex_);

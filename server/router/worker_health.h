@@ -16,8 +16,9 @@ namespace millrace::server {
 // Thread-safe. One breaker per address that has failed lately; an address without one is in good standing.
 class WorkerHealth {
  public:
-  // `clock` outlives it.
-  explicit WorkerHealth(const BreakerOptions& options = {}, const Clock* clock = &Clock::System());
+  // `clock` outlives it; `seed` is for jitter.
+  explicit WorkerHealth(const BreakerOptions& options = {}, const Clock* clock = &Clock::System(),
+                        uint64_t seed = RandomId());
 
   // The three moments of one request at one worker; Begin is followed by exactly one of the others.
   void Begin(const std::string& address);

@@ -1,6 +1,5 @@
 #pragma once
-// A thread that runs tasks one after another, and tasks at a time. What only such a thread touches needs no
-// lock.
+// A thread that runs tasks.
 
 #include <condition_variable>
 #include <deque>
@@ -8,30 +7,21 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <utility>
 
-#include "absl/functional/any_invocable.h"
-#include "base/clock.h"
+#include "server/rpc/task_runner.h"
 
 namespace millrace::server {
 
-// All methods: any thread. The queue has no bound of its own; each user states what bounds its tasks.
-class TaskThread {
+// All methods: any thread. A timer that Stop finds is dropped.
+class TaskThread final : public TaskRunner {
  public:
-  using Task = absl::AnyInvocable<void() &&>;
-  struct TimerId {
-    TimePoint when;
-    uint64_t number = 0;
-    auto operator<=>(const TimerId&) const = default;
-  };
-
   explicit TaskThread(std::string name);
-  ~TaskThread();  // Stop
+  ~TaskThread() override;  // Stop
 
-  void Post(Task task);  // tasks of one poster run in order
-  // Runs `task` at `when` or soon after. A timer that Stop finds is dropped.
-  TimerId PostAt(TimePoint when, Task task);
-  void CancelTimer(const TimerId& timer);  // nothing when it ran already
+  TimePoint Now() const override { return std::chrono::steady_clock::now(); }
+  void Post(Task task) override;
+  TimerId PostAt(TimePoint when, Task task) override;
+  void CancelTimer(const TimerId& timer) override;
   bool IsCurrent() const { return std::this_thread::get_id() == thread_.get_id(); }
   // Runs what is queued, drops timers, joins. Not from a task.
   void Stop();

@@ -5,52 +5,25 @@
 #include <utility>
 
 #include "base/log.h"
-#include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
-#include "server/rpc/stream_writer.h"
 #include "server/worker/import_attempt.h"
 
 namespace millrace::server {
 namespace {
 
-TimePoint Now() { return std::chrono::steady_clock::now(); }
-
 int64_t Microseconds(Duration d) { return std::chrono::duration_cast<std::chrono::microseconds>(d).count(); }
 
-// Control thread, but for gRPC's callbacks, which only post. Shared by gRPC (until OnDone), the engine's
-// sinks and the tasks that are on their way.
-class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
-                           public WorkerCall,
+// Control thread. Shared by its stream (until it has ended), the engine's sinks and the tasks that are on
+// their way.
+class GenerateCall final : public WorkerCall,
                            public ImportOwner,
                            public std::enable_shared_from_this<GenerateCall> {
  public:
-  GenerateCall(WorkerContext* context, const rpc::GenerateRequest* request)
-      : context_(context),
-        active_(context->active),
-        request_(*request),
-        // At most max_tokens tokens and one Phases wait here.
-        writer_([this](const rpc::GenerateEvent* event) { StartWrite(event); },
-                [this] { Finish(ToGrpc(outcome_)); }) {}
+  GenerateCall(WorkerContext* context, const rpc::GenerateRequest& request,
+               std::shared_ptr<CallStream<rpc::GenerateEvent>> stream)
+      : context_(context), active_(context->active), request_(request), stream_(std::move(stream)) {}
 
-  void Open() {
-    self_ = shared_from_this();
-    context_->control.Post([self = self_] { self->Begin(); });
-  }
-
-  // gRPC threads.
-  void OnWriteDone(bool ok) override {
-    context_->control.Post([self = shared_from_this(), ok] {
-      if (!ok) self->Leave(Cancelled("the caller is gone"));
-      self->writer_.OnWritten();
-    });
-  }
-  void OnCancel() override {
-    context_->control.Post([self = shared_from_this()] { self->Leave(Cancelled("the caller cancelled")); });
-  }
-  void OnDone() override {
-    context_->control.Post([self = std::move(self_)] {});
-  }
-
+  void Begin();
   void Abort(const Status& status) override { End(status); }
   void OnFirstToken(const engine::TokenEvent& first) override;
   void OnImported(const AttemptTimes& times) override;
@@ -59,7 +32,6 @@ class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
  private:
   class Sink;
 
-  void Begin();
   Status Admit();
   Status GenerateHere();
   Status ImportFrom(const std::string& address);
@@ -73,19 +45,19 @@ class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
     Duration queue{}, prefill{}, transfer{}, post{}, commit{};
   };
   void SendPhases(const PhaseDurations& took, const std::string& prefill_worker);
-  void Leave(const Status& status);
   void End(const Status& status);
   std::unique_ptr<Sink> NewRun();
 
   WorkerContext* const context_;
   const ActiveGuard active_;
   const rpc::GenerateRequest request_;
-  std::shared_ptr<GenerateCall> self_;  // gRPC's share
-  StreamWriter<rpc::GenerateEvent> writer_;
+  // Shared: the carrier needs it until it has ended. At most max_tokens tokens and one Phases go there. Null
+  // at the end.
+  std::shared_ptr<CallStream<rpc::GenerateEvent>> stream_;
 
   engine::EngineRequest native_;  // with the id of the current run
   TimePoint begun_;
-  std::optional<TaskThread::TimerId> deadline_timer_;
+  std::optional<TaskRunner::TimerId> deadline_timer_;
   // One run = one request to the engine. A retry with another P is a new run under a new id: grants always
   // give the next pages of a sequence, and those of the failed run stay with its ticket until it has drained.
   uint64_t run_ = 0;
@@ -101,7 +73,6 @@ class GenerateCall final : public grpc::ServerWriteReactor<rpc::GenerateEvent>,
   int32_t first_token_ = -1;  // token id that was sent as the first
   bool phases_sent_ = false;
   bool ended_ = false;
-  Status outcome_;
 };
 
 // Engine thread: only posts.
@@ -121,9 +92,8 @@ class GenerateCall::Sink final : public engine::TokenSink {
 };
 
 void GenerateCall::Begin() {
-  if (ended_) return;  // cancelled already
-  context_->calls.insert(this);
-  begun_ = Now();
+  context_->calls.push_back(this);
+  begun_ = context_->control.Now();
   if (const Status status = Admit(); !status.ok()) return End(status);
   const std::optional<std::string> prefill = NextPrefillWorker();
   const Status status = prefill.has_value() ? ImportFrom(*prefill) : GenerateHere();
@@ -232,7 +202,7 @@ void GenerateCall::OnAttemptFailed(const Status& status) {
 
 void GenerateCall::OnEngineToken(uint64_t run, const engine::TokenEvent& event) {
   if (ended_ || run != run_) return;
-  const TimePoint now = Now();
+  const TimePoint now = context_->control.Now();
   if (token_at_ != TimePoint{}) context_->speed.OnTokenGap(now - token_at_);
   token_at_ = now;
   if (prefill_here_ && !phases_sent_) SendPhases({.prefill = now - begun_}, "");
@@ -260,7 +230,7 @@ void GenerateCall::Deliver(const engine::TokenEvent& event) {
   ++next_index_;
   rpc::GenerateEvent message;
   TokenToProto(event, message.mutable_token());
-  writer_.Push(std::move(message));
+  stream_->Write(std::move(message));
   if (event.finish != engine::FinishReason::kNone) End(OkStatus());
 }
 
@@ -274,39 +244,32 @@ void GenerateCall::SendPhases(const PhaseDurations& took, const std::string& pre
   phases->set_post_us(Microseconds(took.post));
   phases->set_commit_us(Microseconds(took.commit));
   phases->set_prefill_worker(prefill_worker);
-  writer_.Push(std::move(message));
+  stream_->Write(std::move(message));
   context_->metrics.OnPhase("queue", took.queue);
   context_->metrics.OnPhase("prefill", took.prefill);
   if (!prefill_worker.empty()) context_->metrics.OnPhase("transfer", took.transfer);
 }
 
-// The caller is gone: nobody reads what is queued.
-void GenerateCall::Leave(const Status& status) {
-  writer_.Discard();
-  End(status);
-}
-
-// What was queued is still written, then the status. Whatever ran for this request stops.
+// Whatever ran for this request stops.
 void GenerateCall::End(const Status& status) {
   if (ended_) return;
   ended_ = true;
-  outcome_ = status;
   if (deadline_timer_.has_value()) context_->control.CancelTimer(*deadline_timer_);
   if (run_ > 0) context_->engine->Cancel(native_.id);  // nothing when it ended by itself
   if (const auto attempt = std::move(attempt_); attempt != nullptr) attempt->Abandon();
   JudgePrefillWorker(Cancelled("abandoned"));
-  context_->calls.erase(this);
+  std::erase(context_->calls, this);
   context_->metrics.OnRequest("generate", status);
-  writer_.Finish();
+  std::exchange(stream_, nullptr)->Finish(status);
 }
 
 }  // namespace
 
-grpc::ServerWriteReactor<rpc::GenerateEvent>* OpenGenerateCall(WorkerContext* context,
-                                                               const rpc::GenerateRequest* request) {
-  const auto call = std::make_shared<GenerateCall>(context, request);
-  call->Open();
-  return call.get();
+std::shared_ptr<WorkerCall> BeginGenerate(WorkerContext* context, const rpc::GenerateRequest& request,
+                                          std::shared_ptr<CallStream<rpc::GenerateEvent>> stream) {
+  const auto call = std::make_shared<GenerateCall>(context, request, std::move(stream));
+  call->Begin();
+  return call;
 }
 
 }  // namespace millrace::server

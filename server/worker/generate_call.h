@@ -3,13 +3,14 @@
 
 #include <memory>
 
-#include "proto/worker.grpc.pb.h"
+#include "proto/worker.pb.h"
+#include "server/rpc/call_stream.h"
 #include "server/worker/worker_context.h"
 
 namespace millrace::server {
 
-// The reactor of a new call; any thread. `request` stays until the call is done, as gRPC promises.
-grpc::ServerWriteReactor<worker::v1::GenerateEvent>* OpenGenerateCall(
-    WorkerContext* context, const worker::v1::GenerateRequest* request);
+// Control thread. The call finishes `stream` in any case; the caller's loss is an Abort.
+std::shared_ptr<WorkerCall> BeginGenerate(WorkerContext* context, const worker::v1::GenerateRequest& request,
+                                          std::shared_ptr<CallStream<worker::v1::GenerateEvent>> stream);
 
 }  // namespace millrace::server

@@ -19,8 +19,6 @@ constexpr Duration kPrefillPatience = std::chrono::seconds(60);
 // Imports that hold some pages and wait for more could wait for each other.
 constexpr Duration kGrantPatience = std::chrono::seconds(10);
 
-TimePoint Now() { return std::chrono::steady_clock::now(); }
-
 int32_t SequencePages(const rpc::GenerateRequest& request) {
   return engine::PagesFor(int64_t{request.prompt_size()} + request.output_size());
 }
@@ -53,7 +51,7 @@ void ImportAttempt::OpenStream() {
   rpc::PrefillCommand::Start* start = command.mutable_start();
   *start->mutable_request() = params_.request;
   start->mutable_request()->clear_prefill();
-  start->mutable_request()->set_timeout_us(TimeoutUs(params_.deadline, Now()));
+  start->mutable_request()->set_timeout_us(TimeoutUs(params_.deadline, context_->control.Now()));
   start->set_transfer_descriptor(context_->descriptor);
   start->set_region(context_->region);
   start->set_num_pages(static_cast<uint32_t>(context_->layout.num_pages));
@@ -61,8 +59,8 @@ void ImportAttempt::OpenStream() {
   start->set_protocol_version(kProtocolVersion);
   start->set_epoch(context_->transfer->epoch());
   start->set_first_page(static_cast<uint32_t>(first_page_));
-  stream_ = PrefillStream::Open(context_, params_.address, params_.deadline, std::move(command),
-                                shared_from_this());
+  stream_ = context_->prefill_workers.Open(context_, params_.address, params_.deadline, std::move(command),
+                                           shared_from_this());
 }
 
 // The first grant comes alone: it says how much is cached here and need not come.
@@ -89,7 +87,7 @@ void ImportAttempt::OnGrant(StatusOr<engine::GrantedPages> granted) {
   if (first_page_ < 0) {
     first_page_ = granted->first_page;
     pages_requested_ = first_page_ + static_cast<int32_t>(pages.size());
-    times_.granted = Now();
+    times_.granted = context_->control.Now();
     OpenStream();
     RequestGrants();
   }
@@ -147,7 +145,7 @@ Status ImportAttempt::HandleEvent(const rpc::PrefillEvent& event) {
       has_first_token_ = true;
       first_token_ = first.token;
       mtp_hidden_ = std::exchange(first.mtp_hidden, {});  // not for the caller
-      times_.first_token = Now();
+      times_.first_token = context_->control.Now();
       owner_->OnFirstToken(first);  // may abandon this attempt
       return OkStatus();
     }
@@ -155,7 +153,7 @@ Status ImportAttempt::HandleEvent(const rpc::PrefillEvent& event) {
       MR_RETURN_IF_ERROR(CheckSeal(event.seal()));
       ticket_.MoveTo(TicketState::kSealed);
       sealed_digest_ = event.seal().digest();
-      times_.sealed = Now();
+      times_.sealed = context_->control.Now();
       times_.post = std::min<Duration>(
           times_.sealed - times_.first_token,
           std::chrono::microseconds(std::clamp<int64_t>(event.seal().post_us(), 0, kPostUsMax)));
@@ -231,7 +229,7 @@ void ImportAttempt::OnDigest(uint64_t digest) {
 }
 
 void ImportAttempt::Commit() {
-  times_.committed = Now();
+  times_.committed = context_->control.Now();
   ticket_.MoveTo(TicketState::kCommitted);
   context_->engine->FinishImport(params_.id, first_token_, /*first_already_sent=*/true,
                                  std::move(mtp_hidden_));
@@ -274,7 +272,7 @@ void ImportAttempt::ReleaseWhenDrained() {
   ticket_.MoveTo(TicketState::kReleased);
 }
 
-void ImportAttempt::Progress() { progress_at_ = Now(); }
+void ImportAttempt::Progress() { progress_at_ = context_->control.Now(); }
 
 Duration ImportAttempt::PatienceNow() const {
   if (!accepted_) return kAcceptPatience;
@@ -288,14 +286,14 @@ void ImportAttempt::Watchdog() {
   // P has not been asked while this engine has no room for the request, whose deadline bounds the wait.
   if (pages_.empty()) Progress();
   const TimePoint limit = progress_at_ + PatienceNow();
-  if (Now() >= limit) {
-    const double silent = Seconds(Now() - progress_at_);
+  if (context_->control.Now() >= limit) {
+    const double silent = Seconds(context_->control.Now() - progress_at_);
     // Pages that this engine has not: nothing against P.
     if (accepted_ && grants_.size() < grants_requested_)
       return Fail(ResourceExhausted("no pages for the rest of the prompt for {:.1f} s", silent));
     return Fail(Unavailable("no progress for {:.1f} s", silent));
   }
-  const TimePoint look = std::min<TimePoint>(limit, Now() + std::chrono::seconds(1));
+  const TimePoint look = std::min<TimePoint>(limit, context_->control.Now() + std::chrono::seconds(1));
   context_->control.PostAt(look, [weak = weak_from_this()] {
     if (const auto self = weak.lock(); self != nullptr) self->Watchdog();
   });

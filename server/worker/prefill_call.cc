@@ -4,59 +4,21 @@
 #include <vector>
 
 #include "base/check.h"
-#include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
-#include "server/rpc/stream_writer.h"
 #include "server/worker/pieces.h"
 #include "server/worker/ticket.h"
 
 namespace millrace::server {
 namespace {
 
-TimePoint Now() { return std::chrono::steady_clock::now(); }
-
-// Control thread, but for gRPC's callbacks, which only post. Shared by gRPC (until OnDone), the engine's
-// sink, the callbacks of transfers and the tasks on their way: it lives until its ticket is released.
-class PrefillCall final : public grpc::ServerBidiReactor<rpc::PrefillCommand, rpc::PrefillEvent>,
-                          public WorkerCall,
-                          public std::enable_shared_from_this<PrefillCall> {
+// Shared by its stream (until it has ended), the engine's sink, the callbacks of transfers and the tasks on
+// their way: it lives until its ticket is released.
+class Prefill final : public PrefillCall, public std::enable_shared_from_this<Prefill> {
  public:
-  explicit PrefillCall(WorkerContext* context)
-      : context_(context),
-        active_(context->active),
-        // At most one event per grant and four others wait here.
-        writer_([this](const rpc::PrefillEvent* event) { StartWrite(event); },
-                [this] { Finish(ToGrpc(outcome_)); }),
-        ticket_(&context->metrics) {}
+  Prefill(WorkerContext* context, std::shared_ptr<CallStream<rpc::PrefillEvent>> stream)
+      : context_(context), active_(context->active), stream_(std::move(stream)), ticket_(&context->metrics) {}
 
-  void Open() {
-    self_ = shared_from_this();
-    context_->control.Post([self = self_] { self->context_->calls.insert(self.get()); });
-    StartRead(&command_);
-  }
-
-  // gRPC threads.
-  void OnReadDone(bool ok) override {
-    if (!ok) return;  // D sends no more; a break shows as OnCancel
-    context_->control.Post(
-        [self = shared_from_this(), command = std::move(command_)] { self->OnCommand(command); });
-    command_.Clear();
-    StartRead(&command_);
-  }
-  void OnWriteDone(bool ok) override {
-    context_->control.Post([self = shared_from_this(), ok] {
-      if (!ok) self->Leave(Cancelled("the decode worker is gone"));
-      self->writer_.OnWritten();
-    });
-  }
-  void OnCancel() override {
-    context_->control.Post(
-        [self = shared_from_this()] { self->Leave(Cancelled("the decode worker cancelled")); });
-  }
-  void OnDone() override {
-    context_->control.Post([self = std::move(self_)] {});
-  }
-
+  void OnCommand(const rpc::PrefillCommand& command) override;
   void Abort(const Status& status) override { End(status); }
 
  private:
@@ -68,7 +30,6 @@ class PrefillCall final : public grpc::ServerBidiReactor<rpc::PrefillCommand, rp
     int32_t count = 0;
   };
 
-  void OnCommand(const rpc::PrefillCommand& command);
   Status OnStart(const rpc::PrefillCommand::Start& start);
   Status CheckStart(const rpc::PrefillCommand::Start& start) const;
   Status OnGrant(const rpc::PrefillCommand::Grant& grant);
@@ -81,16 +42,15 @@ class PrefillCall final : public grpc::ServerBidiReactor<rpc::PrefillCommand, rp
   void OnDigest(uint64_t digest);
   void SayGrantsUsed();
   void SealWhenComplete();
-  void Leave(const Status& status);
   void End(const Status& status);
   void ReleaseWhenDrained();
   int32_t layers() const { return context_->layout.num_layers; }
 
   WorkerContext* const context_;
   const ActiveGuard active_;
-  std::shared_ptr<PrefillCall> self_;  // gRPC's share
-  rpc::PrefillCommand command_;        // being read
-  StreamWriter<rpc::PrefillEvent> writer_;
+  // Shared: the carrier needs it until it has ended. At most one event per grant and four others go there.
+  // Null at the end.
+  std::shared_ptr<CallStream<rpc::PrefillEvent>> stream_;
 
   bool started_ = false;
   bool computing_ = false;  // the engine has the request
@@ -123,13 +83,12 @@ class PrefillCall final : public grpc::ServerBidiReactor<rpc::PrefillCommand, rp
 
   bool ended_ = false;
   bool fenced_ = false;  // after an abort: none of our writes is in flight any more
-  Status outcome_;
 };
 
 // Engine thread: only posts.
-class PrefillCall::Sink final : public engine::PrefillSink {
+class Prefill::Sink final : public engine::PrefillSink {
  public:
-  explicit Sink(std::shared_ptr<PrefillCall> call) : call_(std::move(call)) {}
+  explicit Sink(std::shared_ptr<Prefill> call) : call_(std::move(call)) {}
   void OnLayer(int32_t layer, int32_t first_page, std::span<const engine::PageId> pages) override {
     call_->context_->control.Post(
         [call = call_, layer, first_page, pages = std::vector<engine::PageId>(pages.begin(), pages.end())] {
@@ -144,10 +103,10 @@ class PrefillCall::Sink final : public engine::PrefillSink {
   }
 
  private:
-  const std::shared_ptr<PrefillCall> call_;  // shared: the stream may end first
+  const std::shared_ptr<Prefill> call_;  // shared: the stream may end first
 };
 
-void PrefillCall::OnCommand(const rpc::PrefillCommand& command) {
+void Prefill::OnCommand(const rpc::PrefillCommand& command) {
   if (ended_) return;
   Status status = InvalidArgument("a command of an unknown kind");
   if (command.kind_case() == rpc::PrefillCommand::kStart) status = OnStart(command.start());
@@ -155,7 +114,7 @@ void PrefillCall::OnCommand(const rpc::PrefillCommand& command) {
   if (!status.ok()) End(status);
 }
 
-Status PrefillCall::CheckStart(const rpc::PrefillCommand::Start& start) const {
+Status Prefill::CheckStart(const rpc::PrefillCommand::Start& start) const {
   const WorkerOptions& options = context_->options;
   if (started_) return InvalidArgument("started twice");
   if (context_->draining) return Unavailable("the worker is shutting down");
@@ -179,10 +138,10 @@ Status PrefillCall::CheckStart(const rpc::PrefillCommand::Start& start) const {
   return OkStatus();
 }
 
-Status PrefillCall::OnStart(const rpc::PrefillCommand::Start& start) {
+Status Prefill::OnStart(const rpc::PrefillCommand::Start& start) {
   MR_RETURN_IF_ERROR(CheckStart(start));
   started_ = true;
-  begun_ = Now();
+  begun_ = context_->control.Now();
   MR_ASSIGN_OR_RETURN(engine::EngineRequest request,
                       RequestFromProto(start.request(), context_->NextId(), begun_));
   MR_RETURN_IF_ERROR(context_->Constrain(&request.sampling));
@@ -208,11 +167,11 @@ Status PrefillCall::OnStart(const rpc::PrefillCommand::Start& start) {
   computing_ = true;
   rpc::PrefillEvent event;
   event.mutable_accepted()->set_epoch(context_->transfer->epoch());
-  writer_.Push(std::move(event));
+  stream_->Write(std::move(event));
   return OkStatus();
 }
 
-Status PrefillCall::OnGrant(const rpc::PrefillCommand::Grant& grant) {
+Status Prefill::OnGrant(const rpc::PrefillCommand::Grant& grant) {
   if (!started_) return InvalidArgument("a grant before the start");
   if (grant.ticket() == 0 || (ticket_id_ != 0 && grant.ticket() != ticket_id_)) {
     return InvalidArgument("a grant under ticket {} instead of {}", grant.ticket(), ticket_id_);
@@ -228,7 +187,7 @@ Status PrefillCall::OnGrant(const rpc::PrefillCommand::Grant& grant) {
   return OkStatus();
 }
 
-void PrefillCall::OnLayer(int32_t layer, int32_t first_page, const std::vector<engine::PageId>& pages) {
+void Prefill::OnLayer(int32_t layer, int32_t first_page, const std::vector<engine::PageId>& pages) {
   if (ended_) return;
   Run run{layer, first_page, static_cast<int32_t>(pages.size())};
   MR_CHECK(layer >= 0 && layer < layers() && first_page >= 0 && run.count > 0 &&
@@ -245,7 +204,7 @@ void PrefillCall::OnLayer(int32_t layer, int32_t first_page, const std::vector<e
 }
 
 // Submits what is granted; of a run that is granted in part, that part.
-void PrefillCall::Flush() {
+void Prefill::Flush() {
   const int32_t granted = first_page_ + static_cast<int32_t>(destination_.size());
   std::vector<Run> later;
   for (const Run& run : std::exchange(waiting_, {})) {
@@ -259,7 +218,7 @@ void PrefillCall::Flush() {
   waiting_ = std::move(later);
 }
 
-Status PrefillCall::Submit(const Run& run) {
+Status Prefill::Submit(const Run& run) {
   const auto first = static_cast<size_t>(run.first_page);
   const auto count = static_cast<size_t>(run.count);
   const auto destination = static_cast<size_t>(run.first_page - first_page_);
@@ -271,14 +230,14 @@ Status PrefillCall::Submit(const Run& run) {
   write.deadline = deadline_;
   write.priority = priority_;
   if (ticket_.state() == TicketState::kGranted) ticket_.MoveTo(TicketState::kStreaming);
-  submitted_at_ = Now();
+  submitted_at_ = context_->control.Now();
   return context_->transfer->Submit(peer_, std::move(write), [self = shared_from_this(), run](Status status) {
     self->context_->control.Post([self, run, status] { self->OnWritten(run, status); });
   });
 }
 
 // The content is final, so it can be summed up while it waits or travels.
-void PrefillCall::Digest(const Run& run) {
+void Prefill::Digest(const Run& run) {
   ++digests_pending_;
   const auto first = source_.begin() + run.first_page;
   context_->digest.Post([self = shared_from_this(), run, num_pages = num_pages_,
@@ -290,14 +249,14 @@ void PrefillCall::Digest(const Run& run) {
   });
 }
 
-void PrefillCall::OnDigest(uint64_t digest) {
+void Prefill::OnDigest(uint64_t digest) {
   --digests_pending_;
   digest_ += digest;
   if (ended_) return ReleaseWhenDrained();
   SealWhenComplete();
 }
 
-void PrefillCall::OnWritten(const Run& run, const Status& status) {
+void Prefill::OnWritten(const Run& run, const Status& status) {
   if (ended_) return;
   if (!status.ok()) return End(Annotate(status, fmt::format("layer {} to the decode worker", run.layer)));
   for (int32_t page = run.first_page; page < run.first_page + run.count; ++page) {
@@ -309,7 +268,7 @@ void PrefillCall::OnWritten(const Run& run, const Status& status) {
   SealWhenComplete();
 }
 
-void PrefillCall::SayGrantsUsed() {
+void Prefill::SayGrantsUsed() {
   const size_t before = grants_used_;
   while (grants_used_ < grant_ends_.size()) {
     const auto begin =
@@ -321,22 +280,22 @@ void PrefillCall::SayGrantsUsed() {
   if (grants_used_ == before) return;
   rpc::PrefillEvent event;
   event.mutable_grant_used()->set_grants(static_cast<uint32_t>(grants_used_));
-  writer_.Push(std::move(event));
+  stream_->Write(std::move(event));
 }
 
-void PrefillCall::OnToken(const engine::TokenEvent& event) {
+void Prefill::OnToken(const engine::TokenEvent& event) {
   if (ended_) return;
-  context_->speed.OnPrefill(num_tokens_ - event.cached_tokens, begun_, Now());
+  context_->speed.OnPrefill(num_tokens_ - event.cached_tokens, begun_, context_->control.Now());
   token_sent_ = true;
-  token_at_ = Now();
+  token_at_ = context_->control.Now();
   rpc::PrefillEvent message;
   TokenToProto(event, message.mutable_first_token());
-  writer_.Push(std::move(message));
+  stream_->Write(std::move(message));
   SealWhenComplete();
 }
 
 // The seal states what was acknowledged, all of it: nothing reads the source pages any more.
-void PrefillCall::SealWhenComplete() {
+void Prefill::SealWhenComplete() {
   const auto pages = static_cast<uint32_t>(num_pages_ - first_page_);
   const uint32_t pieces = static_cast<uint32_t>(layers()) * pages;
   if (!token_sent_ || pieces_written_ != pieces || digests_pending_ > 0) return;
@@ -349,24 +308,18 @@ void PrefillCall::SealWhenComplete() {
   seal->set_digest(digest_);
   const Duration post = std::max(submitted_at_, token_at_) - token_at_;
   seal->set_post_us(std::chrono::duration_cast<std::chrono::microseconds>(post).count());
-  writer_.Push(std::move(message));
+  stream_->Write(std::move(message));
   ticket_.MoveTo(TicketState::kSealed);
   End(OkStatus());
 }
 
-void PrefillCall::Leave(const Status& status) {
-  writer_.Discard();
-  End(status);
-}
-
 // Success comes here sealed; everything else aborts the ticket: stop computing, fence the writes, then let
 // go.
-void PrefillCall::End(const Status& status) {
+void Prefill::End(const Status& status) {
   if (ended_) return;
   ended_ = true;
-  outcome_ = status;
   waiting_.clear();
-  context_->calls.erase(this);
+  std::erase(context_->calls, this);
   context_->metrics.OnRequest("prefill", status);
   if (ticket_.state() == TicketState::kSealed) {
     ticket_.MoveTo(TicketState::kCommitted);
@@ -387,10 +340,10 @@ void PrefillCall::End(const Status& status) {
       });
     }
   }
-  writer_.Finish();
+  std::exchange(stream_, nullptr)->Finish(status);
 }
 
-void PrefillCall::ReleaseWhenDrained() {
+void Prefill::ReleaseWhenDrained() {
   if (!fenced_ || digests_pending_ > 0 || ticket_.released()) return;
   ticket_.MoveTo(TicketState::kDrained);
   if (computing_) context_->engine->ReleaseTicket(id_);
@@ -399,10 +352,11 @@ void PrefillCall::ReleaseWhenDrained() {
 
 }  // namespace
 
-grpc::ServerBidiReactor<rpc::PrefillCommand, rpc::PrefillEvent>* OpenPrefillCall(WorkerContext* context) {
-  const auto call = std::make_shared<PrefillCall>(context);
-  call->Open();
-  return call.get();
+std::shared_ptr<PrefillCall> PrefillCall::Begin(WorkerContext* context,
+                                                std::shared_ptr<CallStream<rpc::PrefillEvent>> stream) {
+  const auto call = std::make_shared<Prefill>(context, std::move(stream));
+  context->calls.push_back(call.get());
+  return call;
 }
 
 }  // namespace millrace::server

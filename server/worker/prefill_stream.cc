@@ -11,11 +11,11 @@ namespace {
 class ClientStream final : public PrefillStream,
                            public grpc::ClientBidiReactor<rpc::PrefillCommand, rpc::PrefillEvent> {
  public:
-  ClientStream(WorkerContext* context, const std::string& address,
+  ClientStream(WorkerContext* context, const std::shared_ptr<grpc::Channel>& channel,
                std::shared_ptr<PrefillStreamObserver> observer)
       : context_(context),
         active_(context->active),
-        stub_(rpc::Worker::NewStub(context->channels->Get(address))),
+        stub_(rpc::Worker::NewStub(channel)),
         observer_(std::move(observer)),
         writer_([this](const rpc::PrefillCommand* command) { StartWrite(command); },
                 [this] { RemoveHold(); }) {}
@@ -69,14 +69,22 @@ class ClientStream final : public PrefillStream,
   std::shared_ptr<ClientStream> self_;
 };
 
+class Dialer final : public PrefillDialer {
+ public:
+  std::shared_ptr<PrefillStream> Open(WorkerContext* context, const std::string& address, TimePoint deadline,
+                                      rpc::PrefillCommand start,
+                                      std::shared_ptr<PrefillStreamObserver> observer) override {
+    auto stream = std::make_shared<ClientStream>(context, channels_.Get(address), std::move(observer));
+    stream->Begin(deadline, std::move(start), stream);
+    return stream;
+  }
+
+ private:
+  ChannelPool channels_{grpc::InsecureChannelCredentials()};
+};
+
 }  // namespace
 
-std::shared_ptr<PrefillStream> PrefillStream::Open(WorkerContext* context, const std::string& address,
-                                                   TimePoint deadline, rpc::PrefillCommand start,
-                                                   std::shared_ptr<PrefillStreamObserver> observer) {
-  auto stream = std::make_shared<ClientStream>(context, address, std::move(observer));
-  stream->Begin(deadline, std::move(start), stream);
-  return stream;
-}
+std::unique_ptr<PrefillDialer> MakePrefillDialer() { return std::make_unique<Dialer>(); }
 
 }  // namespace millrace::server

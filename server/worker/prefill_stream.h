@@ -1,5 +1,5 @@
 #pragma once
-// D's stream to one P: Worker.Prefill from the calling side.
+// D's streams to P workers: Worker.Prefill from the calling side.
 
 #include <memory>
 #include <string>
@@ -24,13 +24,23 @@ class PrefillStreamObserver {
 // Control thread.
 class PrefillStream {
  public:
-  // Connects and sends `start`. The observer is kept until OnStreamEnd returned.
-  static std::shared_ptr<PrefillStream> Open(WorkerContext* context, const std::string& address,
-                                             TimePoint deadline, rpc::PrefillCommand start,
-                                             std::shared_ptr<PrefillStreamObserver> observer);
   virtual ~PrefillStream() = default;
   virtual void Write(rpc::PrefillCommand command) = 0;
   virtual void Cancel() = 0;  // OnStreamEnd still comes
 };
+
+// Control thread.
+class PrefillDialer {
+ public:
+  virtual ~PrefillDialer() = default;
+  // Connects `context`'s worker to the one at `address` and sends `start`. The observer is kept until
+  // OnStreamEnd returned.
+  virtual std::shared_ptr<PrefillStream> Open(WorkerContext* context, const std::string& address,
+                                              TimePoint deadline, rpc::PrefillCommand start,
+                                              std::shared_ptr<PrefillStreamObserver> observer) = 0;
+};
+
+// Over gRPC.
+std::unique_ptr<PrefillDialer> MakePrefillDialer();
 
 }  // namespace millrace::server

@@ -112,7 +112,7 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
     self_ = shared_from_this();
     context_->heartbeat.Post([self = self_] {
       if (self->ended_) return;
-      self->context_->watch_calls.insert(self.get());
+      self->context_->watch_calls.push_back(self.get());
       self->Look();
     });
   }
@@ -134,7 +134,7 @@ class WatchCall final : public grpc::ServerWriteReactor<rpc::WorkerState>,
     if (ended_) return;
     ended_ = true;
     outcome_ = status;
-    context_->watch_calls.erase(this);
+    std::erase(context_->watch_calls, this);
     writer_.Discard();
     writer_.Finish();
   }

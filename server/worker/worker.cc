@@ -5,14 +5,13 @@
 #include <grpcpp/health_check_service_interface.h>
 
 #include <future>
-#include <unordered_set>
-#include <vector>
 
 #include "base/log.h"
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
-#include "server/worker/generate_call.h"
-#include "server/worker/prefill_call.h"
+#include "server/rpc/task_thread.h"
+#include "server/worker/prefill_stream.h"
+#include "server/worker/reactors.h"
 #include "server/worker/watch_call.h"
 #include "server/worker/worker_context.h"
 
@@ -46,11 +45,11 @@ class Service final : public rpc::Worker::CallbackService {
 
   grpc::ServerWriteReactor<rpc::GenerateEvent>* Generate(grpc::CallbackServerContext* /*call*/,
                                                          const rpc::GenerateRequest* request) override {
-    return OpenGenerateCall(context_, request);
+    return OpenGenerate(context_, *request);
   }
   grpc::ServerBidiReactor<rpc::PrefillCommand, rpc::PrefillEvent>* Prefill(
       grpc::CallbackServerContext* /*call*/) override {
-    return OpenPrefillCall(context_);
+    return OpenPrefill(context_);
   }
   grpc::ServerWriteReactor<rpc::WorkerState>* Watch(grpc::CallbackServerContext* /*call*/,
                                                     const rpc::WatchRequest* /*request*/) override {
@@ -73,7 +72,13 @@ class RunningWorker final : public Worker {
  public:
   RunningWorker(const WorkerOptions& options, engine::Engine* engine, transfer::Transfer* transfer,
                 transfer::RegionId region)
-      : context_(options, engine, transfer, region), service_(&context_) {}
+      : context_(options,
+                 {.control = &control_,
+                  .digest = &digest_,
+                  .heartbeat = &heartbeat_,
+                  .prefill_workers = prefill_workers_.get()},
+                 engine, transfer, region),
+        service_(&context_) {}
 
   ~RunningWorker() override {
     Shutdown(Duration(0));
@@ -104,11 +109,11 @@ class RunningWorker final : public Worker {
     context_.draining = true;
     SetHealthy();
     context_.active->WaitZero(Now() + grace);
-    context_.control.Post([this] { AbortCalls(context_.calls, "the worker is shutting down"); });
+    context_.control.Post([this] { AbortAll(context_.calls, Unavailable("the worker is shutting down")); });
     std::promise<void> not_looking;  // the watchdog uses the server
     context_.heartbeat.Post([this, &not_looking] {
       looking_ = false;
-      AbortCalls(context_.watch_calls, "the worker is shutting down");
+      AbortAll(context_.watch_calls, Unavailable("the worker is shutting down"));
       not_looking.set_value();
     });
     not_looking.get_future().wait();
@@ -131,12 +136,6 @@ class RunningWorker final : public Worker {
     health->SetServingStatus(rpc::Worker::service_full_name(), context_.ready());
   }
 
-  // On the thread that owns the calls.
-  static void AbortCalls(const std::unordered_set<WorkerCall*>& running, const char* why) {
-    const std::vector<WorkerCall*> calls(running.begin(), running.end());
-    for (WorkerCall* call : calls) call->Abort(Unavailable("{}", why));
-  }
-
   // The watchdog, on the heartbeat thread: steps end, and the control thread answers.
   void Look() {
     if (!looking_) return;
@@ -145,7 +144,7 @@ class RunningWorker final : public Worker {
       control_asked_ = true;
       context_.control.Post([this] {
         // At each look, not once: a call may have come in between.
-        if (context_.stalled) AbortCalls(context_.calls, "the worker computes no further");
+        if (context_.stalled) AbortAll(context_.calls, Unavailable("the worker computes no further"));
         context_.heartbeat.Post([this] {
           control_asked_ = false;
           control_answered_ = Now();
@@ -165,6 +164,7 @@ class RunningWorker final : public Worker {
     context_.heartbeat.PostAt(now + kLookEvery, [this] { Look(); });
   }
 
+  const std::unique_ptr<PrefillDialer> prefill_workers_ = MakePrefillDialer();
   WorkerContext context_;
   Service service_;
   std::unique_ptr<grpc::Server> server_;
@@ -175,6 +175,10 @@ class RunningWorker final : public Worker {
   bool looking_ = true;
   bool control_asked_ = false;
   TimePoint control_answered_;
+
+  TaskThread digest_{"digest"};
+  TaskThread heartbeat_{"heartbeat"};
+  TaskThread control_{"worker"};  // last, so that it ends first
 };
 
 }  // namespace

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "server/rpc/channel.h"
-
 namespace millrace::server {
 
 // Notifies under the lock: the last touch of a holder is then the unlock.
@@ -60,8 +58,9 @@ WorkerSpeed::Report WorkerSpeed::report() const {
   return report_;
 }
 
-WorkerContext::WorkerContext(const WorkerOptions& worker_options, engine::Engine* worker_engine,
-                             transfer::Transfer* worker_transfer, transfer::RegionId kv_region)
+WorkerContext::WorkerContext(const WorkerOptions& worker_options, const WorkerSeams& seams,
+                             engine::Engine* worker_engine, transfer::Transfer* worker_transfer,
+                             transfer::RegionId kv_region)
     : options(worker_options),
       engine(worker_engine),
       transfer(worker_transfer),
@@ -70,11 +69,15 @@ WorkerContext::WorkerContext(const WorkerOptions& worker_options, engine::Engine
       kv(engine->kv_memory()),
       region(kv_region),
       descriptor(transfer->Descriptor()),
-      channels(std::make_unique<ChannelPool>(grpc::InsecureChannelCredentials())),
       grammars(options.tokenizer == nullptr ? nullptr
                                             : std::make_unique<engine::GrammarCache>(*options.tokenizer)),
       metrics(options.metrics),
-      role(options.role) {}
+      prefill_health({}, seams.control, seams.seed),
+      role(options.role),
+      control(*seams.control),
+      digest(*seams.digest),
+      heartbeat(*seams.heartbeat),
+      prefill_workers(*seams.prefill_workers) {}
 
 WorkerContext::~WorkerContext() = default;
 
@@ -83,6 +86,10 @@ Status WorkerContext::Constrain(engine::SamplingParams* sampling) {
   if (grammars == nullptr) return InvalidArgument("this worker has no tokenizer for constrained answers");
   MR_ASSIGN_OR_RETURN(sampling->mask, grammars->MaskFor(sampling->constraint));
   return OkStatus();
+}
+
+void AbortAll(std::vector<WorkerCall*> calls, const Status& status) {
+  for (WorkerCall* const call : calls) call->Abort(status);
 }
 
 }  // namespace millrace::server

@@ -12,21 +12,21 @@
 #include <mutex>
 #include <span>
 #include <string>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
+#include "base/random.h"
 #include "engine/core/engine.h"
 #include "engine/grammar/grammar_mask.h"
 #include "server/router/worker_health.h"
-#include "server/rpc/task_thread.h"
+#include "server/rpc/task_runner.h"
 #include "server/worker/worker.h"
 #include "server/worker/worker_metrics.h"
 #include "transfer/transfer.h"
 
 namespace millrace::server {
 
-class ChannelPool;
+class PrefillDialer;
 
 // Counts objects that use the worker. Thread-safe.
 class ActiveCount {
@@ -93,12 +93,24 @@ class PeerEpochs {
   std::map<transfer::PeerId, uint64_t> epochs_;
 };
 
+// What a worker gets from around it: threads, time, and streams to others. All of it outlives its calls.
+struct WorkerSeams {
+  TaskRunner* control = nullptr;  // owns the calls
+  TaskRunner* digest = nullptr;   // reads pages, nothing else; one task per (layer, chunk) or per seal
+  // Says how the worker is, whatever the others do: watch streams and the watchdog. One task per stream and
+  // look.
+  TaskRunner* heartbeat = nullptr;
+  PrefillDialer* prefill_workers = nullptr;
+  uint64_t seed = RandomId();  // for jitter
+};
+
 struct WorkerContext {
-  WorkerContext(const WorkerOptions& worker_options, engine::Engine* worker_engine,
+  WorkerContext(const WorkerOptions& worker_options, const WorkerSeams& seams, engine::Engine* worker_engine,
                 transfer::Transfer* worker_transfer, transfer::RegionId kv_region);
   ~WorkerContext();
 
-  engine::RequestId NextId() { return next_id++; }  // control thread
+  // Control thread.
+  engine::RequestId NextId() { return next_id++; }
   // Gives a request that carries a constraint its mask. InvalidArgument says what is wrong with the
   // constraint.
   Status Constrain(engine::SamplingParams* sampling);
@@ -111,7 +123,6 @@ struct WorkerContext {
   const std::span<std::byte> kv;
   const transfer::RegionId region;                       // of kv
   const std::string descriptor;                          // of transfer
-  const std::unique_ptr<ChannelPool> channels;           // to prefill workers
   const std::unique_ptr<engine::GrammarCache> grammars;  // null without a tokenizer
   WorkerMetrics metrics;
   const std::shared_ptr<ActiveCount> active = std::make_shared<ActiveCount>();    // calls, attempts, streams
@@ -126,16 +137,19 @@ struct WorkerContext {
   bool ready() const { return !draining && !stalled; }
 
   // Control thread.
-  std::unordered_set<WorkerCall*> calls;
+  std::vector<WorkerCall*> calls;  // in order of arrival
   engine::RequestId next_id = 1;
   // Heartbeat thread.
-  std::unordered_set<WorkerCall*> watch_calls;
+  std::vector<WorkerCall*> watch_calls;
 
-  TaskThread digest{"digest"};  // reads pages, nothing else; one task per (layer, chunk) or per seal
-  // Says how the worker is, whatever the others do: watch streams and the watchdog. One task per stream and
-  // look.
-  TaskThread heartbeat{"heartbeat"};
-  TaskThread control{"worker"};  // last, so that it ends first
+  // See WorkerSeams.
+  TaskRunner& control;
+  TaskRunner& digest;
+  TaskRunner& heartbeat;
+  PrefillDialer& prefill_workers;
 };
+
+// Aborts all of `calls`, which may leave the list meanwhile. On the thread that owns them.
+void AbortAll(std::vector<WorkerCall*> calls, const Status& status);
 
 }  // namespace millrace::server

@@ -153,7 +153,7 @@ class Load:
                 time.sleep(0.05)
 
     def _follow(self, gateway, case):
-        answers = Answers(self._on_gap)
+        answers = Answers(lambda *gap: self._on_gap(f"{case.name} at {gateway.name}", *gap))
         connection = harness.open_request(gateway.address, case.body, case.path, timeout=5)
         try:
             pending = b""
@@ -190,9 +190,9 @@ class Load:
             raise Broken(line.decode())
         raise AssertionError(f"{gateway.name} answers {line.decode()}")
 
-    def _on_gap(self, kind, since, until):
+    def _on_gap(self, whose, kind, since, until):
         with self.lock:
-            self.gaps.append((kind, since, until))
+            self.gaps.append((kind, since, until, whose))
 
 
 def difference(expected, answer):
@@ -245,7 +245,7 @@ def table(happened, load):
     rows = {}
     for one in happened:
         for kind in ("pause", "wait"):
-            longest = max((until - max(since, one.since) for what, since, until in load.gaps
+            longest = max((until - max(since, one.since) for what, since, until, _ in load.gaps
                            if what == kind and since < one.until and until > one.since), default=0.0)
             rows.setdefault((one.fault, one.node.role), {}).setdefault(kind, []).append(longest)
     lines = ["| fault | role | times | pause in a stream, median / worst | wait for a first token, median / worst |",
@@ -253,4 +253,15 @@ def table(happened, load):
     for (fault, role), longest in sorted(rows.items()):
         cells = [f"{statistics.median(longest[k]):.2f} / {max(longest[k]):.2f} s" for k in ("pause", "wait")]
         lines.append(f"| {fault} | {role} | {len(longest['pause'])} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def longest_gaps(happened, load, count=12):
+    """The longest silences, each with whose it was and what had struck before; times in seconds since the first fault."""
+    first = happened[0].since
+    lines = []
+    for kind, since, until, whose in sorted(load.gaps, key=lambda gap: gap[1] - gap[2])[:count]:
+        faults = [f"{one.fault} of {one.node.name} ({one.since - first:.1f} to {one.until - first:.1f})" for one in happened
+                  if one.since < until and one.until > since - 5]
+        lines.append(f"{kind} of {until - since:.1f} s from {since - first:.1f}, {whose}: {', '.join(faults)}")
     return "\n".join(lines)

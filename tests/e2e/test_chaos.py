@@ -62,7 +62,7 @@ def test_no_answer_is_lost(five, make_prompt):
             load.stop()
         assert not load.violations, f"{load.violations[:5]}; logs in {five.logs}"
         print(f"{len(happened)} faults, {load.answered} answers at {rate:.1f} a second, {load.broken} asked again at another "
-              f"gateway\n{chaos.table(happened, load)}")
+              f"gateway\n{chaos.table(happened, load)}\nThe longest silences:\n{chaos.longest_gaps(happened, load)}")
         assert load.answered > 0
         harness.wait_until(lambda: not five.held(HELD), 60, f"something stays held: {five.held(HELD)}", interval=0.2)
         harness.wait_until(lambda: all(node.sockets() <= sockets[node.name] + 2 for node in five.nodes), 60,

@@ -6,6 +6,8 @@
 
 #include <map>
 
+#include "transfer/landing.h"
+
 namespace millrace::transfer {
 namespace {
 
@@ -95,6 +97,41 @@ TEST_F(PeerTest, ALateSliceIsSentAgainOnAnotherPath) {
   EXPECT_EQ(done_, 0) << "the first copy may still be read from memory";
   slow->Land(slice);
   EXPECT_EQ(done_, 1);
+}
+
+// After an outage in which only this side lost the other one, that side still knows of the slices before it.
+TEST_F(PeerTest, APeerThatIsOpenedAgainNumbersItsSlicesAboveAllBefore) {
+  ScriptedPath* const path = AddPath("path");
+  for (int i = 0; i < 3; ++i) Submit(4096);
+  const Slice last = path->in_flight.rbegin()->second;
+  path->LandAll();
+  Peer again(2, 7, "peer", &options_, &clock_, 1);
+  auto owned = std::make_unique<ScriptedPath>("path", true);
+  ScriptedPath* const next = owned.get();
+  again.AddPath(std::move(owned));
+  again.Tick(clock_.Now());
+  auto list =
+      IntentList::Create(memory_, {{.local = {region_, 0, 4096}, .remote_region = 1, .remote_offset = 0}});
+  ASSERT_TRUE(list.ok()) << list.status();
+  Request request;
+  request.ticket = 1;
+  again.Add(std::move(request), *std::move(list), [this](Status) { ++done_; });
+  ASSERT_EQ(next->in_flight.size(), 1U);
+  const Slice first = next->in_flight.begin()->second;
+  EXPECT_GT(first.id, last.id);
+
+  struct Ignored : Lander {
+    void Supersede() override {}
+  } lander;
+  LandingTable table;
+  table.Join(5);  // a connection of the time before, which this side has not seen end
+  EXPECT_TRUE(table.Begin(5, last.id, last.attempt, last.id, &lander));
+  table.End(5, last.id);
+  table.Join(5);
+  EXPECT_TRUE(table.Begin(5, first.id, first.attempt, first.retired_below, &lander))
+      << "taken for a leftover";
+  table.End(5, first.id);
+  next->LandAll();
 }
 
 TEST_F(PeerTest, TheFloorOfLatenessIsAnOption) {
