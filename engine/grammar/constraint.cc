@@ -49,7 +49,28 @@ StatusOr<ExpressionPtr> ToolCalls(const OrderedJson& constraint, Grammar* gramma
   return single ? call : Sequence({call, Repeat(Sequence({Literal("\n"), call}), 0, -1)});
 }
 
-// The expression of every kind but `grammar`, with the rules that it needs.
+// Any text up to the first end of thinking, that itself, and what ends its line. The tag's first character
+// does not come in it again, so that a text which leaves the tag begins it anew or not at all.
+ExpressionPtr Thinking() {
+  constexpr std::string_view kEnd = "</think>";
+  const auto other_than = [](std::vector<std::pair<uint32_t, uint32_t>> ranges) {
+    return CodePoints(ComplementOf(std::move(ranges)));
+  };
+  std::vector<ExpressionPtr> anew;   // from behind its first character to there again
+  std::vector<ExpressionPtr> leave;  // from there to other text
+  for (size_t i = 1; i < kEnd.size(); ++i) {
+    const ExpressionPtr so_far = Literal(kEnd.substr(1, i - 1));
+    const auto next = static_cast<uint32_t>(kEnd[i]);
+    anew.push_back(Sequence({so_far, Literal(kEnd.substr(0, 1))}));
+    leave.push_back(Sequence({so_far, other_than({{kEnd[0], kEnd[0]}, {next, next}})}));
+  }
+  const ExpressionPtr begun = Sequence({Literal(kEnd.substr(0, 1)), Repeat(Choice(std::move(anew)), 0, -1)});
+  const ExpressionPtr text =
+      Choice({other_than({{kEnd[0], kEnd[0]}}), Sequence({begun, Choice(std::move(leave))})});
+  return Sequence({Repeat(text, 0, -1), begun, Literal(kEnd.substr(1)), Repeat(Literal("\n"), 0, 2)});
+}
+
+// The expression of every kind but `any_of`, with the rules that it needs.
 StatusOr<ExpressionPtr> RootOf(const OrderedJson& constraint, Grammar* grammar) {
   if (!constraint.is_object()) return InvalidArgument("the constraint must be an object");
   MR_ASSIGN_OR_RETURN(const std::string type, Text(constraint, "type"));
@@ -65,6 +86,10 @@ StatusOr<ExpressionPtr> RootOf(const OrderedJson& constraint, Grammar* grammar) 
   }
   if (type == "choice") return ChoiceOf(constraint);
   if (type == "tool_calls") return ToolCalls(constraint, grammar);
+  if (type == "grammar") {
+    MR_ASSIGN_OR_RETURN(const std::string source, Text(constraint, "grammar"));
+    return AddGbnf(source, grammar);
+  }
   return InvalidArgument("a constraint of type '{}' is not known here", type);
 }
 
@@ -89,15 +114,15 @@ StatusOr<Grammar> BuildGrammar(std::string_view text) {
   MR_ASSIGN_OR_RETURN(const OrderedJson constraint, ParseOrderedJson(text));
   if (!constraint.is_object()) return InvalidArgument("the constraint must be an object");
   MR_ASSIGN_OR_RETURN(const std::string type, Text(constraint, "type"));
-  if (type == "grammar") {
-    MR_ASSIGN_OR_RETURN(const std::string source, Text(constraint, "grammar"));
-    return ParseGbnf(source);
-  }
   Grammar grammar;
   grammar.Add(type, nullptr);
   auto root = type == "any_of" ? AnyOf(constraint, &grammar) : RootOf(constraint, &grammar);
   if (!root.ok()) return root.status();
-  grammar.rules[0].body = *std::move(root);
+  const auto thinking = constraint.find("thinking");
+  if (thinking != constraint.end() && !thinking->is_boolean())
+    return InvalidArgument("'thinking' must be true or false");
+  const bool thinks = thinking != constraint.end() && thinking->get<bool>();
+  grammar.rules[0].body = thinks ? Sequence({Thinking(), *std::move(root)}) : *std::move(root);
   return grammar;
 }
 

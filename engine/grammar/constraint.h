@@ -5,10 +5,13 @@
 //   {"type":"json_schema","schema":{...}}         JSON that the schema accepts
 //   {"type":"regex","pattern":"..."}              see ParseRegex
 //   {"type":"choice","choices":["a","b"]}         one of these
-//   {"type":"grammar","grammar":"root ::= ..."}   see ParseGbnf
-//   {"type":"any_of","of":[{...},{...}]}          one of these constraints, none of them a grammar
+//   {"type":"grammar","grammar":"root ::= ..."}   see AddGbnf
+//   {"type":"any_of","of":[{...},{...}]}          one of these constraints
 //   {"type":"tool_calls","tools":[{"name":"f","parameters":{...}}],"single":false}   calls, as Ling writes
 //   them
+//
+// With "thinking":true beside the type, reasoning comes before: any text up to the first "</think>", and the
+// constraint holds from there.
 
 #include <string>
 #include <string_view>

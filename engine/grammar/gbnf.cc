@@ -14,10 +14,10 @@ constexpr size_t kRulesMax = 1024;
 
 class GbnfParser {
  public:
-  explicit GbnfParser(std::string_view text) : reader_(text) {}
+  GbnfParser(std::string_view text, Grammar* grammar) : reader_(text), grammar_(*grammar) {}
 
-  StatusOr<Grammar> Parse() {
-    RuleOf("root");
+  StatusOr<ExpressionPtr> Parse() {
+    const int32_t root = RuleOf("root");
     SkipSpace(true);
     while (!reader_.done()) {
       MR_ASSIGN_OR_RETURN(const std::string name, TakeName());
@@ -31,10 +31,11 @@ class GbnfParser {
       if (grammar_.rules.size() > kRulesMax) return reader_.Error("more than {} rules", kRulesMax);
       SkipSpace(true);
     }
-    for (const Rule& rule : grammar_.rules) {
-      if (rule.body == nullptr) return InvalidArgument("rule '{}' is used and not defined", rule.name);
+    for (const auto& [name, rule] : ids_) {
+      if (grammar_.rules[static_cast<size_t>(rule)].body == nullptr)
+        return InvalidArgument("rule '{}' is used and not defined", name);
     }
-    return std::move(grammar_);
+    return RuleCall(root);
   }
 
  private:
@@ -122,14 +123,14 @@ class GbnfParser {
   }
 
   TextReader reader_;
-  Grammar grammar_;
+  Grammar& grammar_;
   std::map<std::string, int32_t> ids_;
 };
 
 }  // namespace
 
-StatusOr<Grammar> ParseGbnf(std::string_view text) {
-  auto parsed = GbnfParser(text).Parse();
+StatusOr<ExpressionPtr> AddGbnf(std::string_view text, Grammar* grammar) {
+  auto parsed = GbnfParser(text, grammar).Parse();
   if (!parsed.ok()) return Annotate(parsed.status(), "grammar");
   return parsed;
 }

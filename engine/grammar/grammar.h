@@ -58,8 +58,8 @@ struct Grammar {
 // InvalidArgument names what is not supported (look-around, back references, \b) and where.
 StatusOr<ExpressionPtr> ParseRegex(std::string_view pattern);
 
-// GBNF: `name ::= ...` lines with "literals", [classes], rule names, ( ), |, ?, *, +, {m,n} and # comments;
-// the answer is a `root`. InvalidArgument names line and fault.
-StatusOr<Grammar> ParseGbnf(std::string_view text);
+// Adds the rules of a GBNF text: `name ::= ...` lines with "literals", [classes], rule names, ( ), |, ?, *,
+// +, {m,n} and # comments. The expression is a call of its `root`. InvalidArgument names place and fault.
+StatusOr<ExpressionPtr> AddGbnf(std::string_view text, Grammar* grammar);
 
 }  // namespace millrace::engine

@@ -155,6 +155,13 @@ class SchemaBuilder {
     grammar_.rules[static_cast<size_t>(rule)].body = std::move(body);
     return RuleCall(rule);
   }
+  // What large schemas repeat is one rule, known by `key`: fewer states, and the masks that were found in one
+  // place serve in all.
+  ExpressionPtr Once(const std::string& key, const ExpressionPtr& body) {
+    const auto [found, added] = shared_.try_emplace(key, 0);
+    if (added) found->second = grammar_.Add(key, body);
+    return RuleCall(found->second);
+  }
   // Between tokens: nothing, a space, or a new line and its indentation. Without a limit models get lost in
   // it.
   ExpressionPtr MakeSpace() {
@@ -299,14 +306,19 @@ StatusOr<ExpressionPtr> SchemaBuilder::BuildValues(const OrderedJson& schema, co
     values = schema["enum"];
   }
   std::vector<ExpressionPtr> parts;
+  std::string kept;
   for (const OrderedJson& value : values) {
     const bool fits = !schema.contains("type") ||
                       (schema["type"].is_string() && OfType(value, schema["type"])) ||
                       schema["type"].is_array();
-    if (fits) parts.push_back(Literal(DumpJson(value)));
+    if (!fits) continue;
+    const std::string text = DumpJson(value);
+    parts.push_back(Literal(text));
+    kept += text + ",";
   }
   if (parts.empty()) return Refuse(path, "no value is possible");
-  return Choice(std::move(parts));
+  if (parts.size() == 1) return parts[0];
+  return Once("one of " + kept, Choice(std::move(parts)));
 }
 
 // oneOf is kept only where no value fits two alternatives: they differ in type, or in a constant property
@@ -478,7 +490,8 @@ StatusOr<ExpressionPtr> SchemaBuilder::BuildString(const OrderedJson& schema, co
     if (known == kFormats.end()) return Refuse(path, "the format {} is not supported", DumpJson(*format));
     text = std::string("^(") + known->second + ")$";
   } else if (lengths) {
-    return Sequence({Literal("\""), Repeat(MakeCharacter(), min, max), Literal("\"")});
+    return Once(fmt::format("string of {} to {}", min, max),
+                Sequence({Literal("\""), Repeat(MakeCharacter(), min, max), Literal("\"")}));
   } else {
     return String();
   }
@@ -492,7 +505,7 @@ StatusOr<ExpressionPtr> SchemaBuilder::BuildString(const OrderedJson& schema, co
   parts.push_back(EscapedForJson(*parsed));
   if (!ends) parts.push_back(Repeat(MakeCharacter(), 0, -1));
   parts.push_back(Literal("\""));
-  return Sequence(std::move(parts));
+  return Once("string like " + text, Sequence(std::move(parts)));
 }
 
 StatusOr<ExpressionPtr> SchemaBuilder::BuildInteger(const OrderedJson& schema, const std::string& path) {

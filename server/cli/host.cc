@@ -189,6 +189,8 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   service.grant_pages = worker_options.grant_pages;
   service.stall_max = worker_options.stall_max;
   service.metrics = metrics;
+  service.spans = worker_options.spans;
+  service.peers = worker_options.peers;
   service.tokenizer = model.tokenizer.get();
   MR_ASSIGN_OR_RETURN(hosted.worker, Worker::Start(service, hosted.engine.get(), hosted.transfer.get()));
   static constexpr const char* kRoleNames[] = {"prefill", "decode", "prefill and decode"};

@@ -46,6 +46,8 @@ struct HostedWorkerOptions {
   std::vector<std::string> rails;  // empty: reachable within this process only
   int32_t grant_pages = 8;
   Duration stall_max = WorkerOptions().stall_max;
+  PeerCredentials peers;
+  SpanSink* spans = nullptr;  // may be null; outlives the worker
 };
 
 StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions& options,

@@ -140,6 +140,24 @@ void AddVllmMetrics(CLI::App* command, std::string& choice) {
       ->capture_default_str();
 }
 
+void AddPeerTls(CLI::App* command, PeerTlsCommandOptions& peer) {
+  command->add_option("--peer-ca", peer.ca,
+                      "PEM authorities: gateways and workers speak to each other over TLS, and only to those "
+                      "whose certificate these signed (default: no TLS between the roles)");
+  command->add_option("--peer-cert", peer.cert,
+                      "PEM certificate (chain) of this process for the others; all three files are read "
+                      "again when they change");
+  command->add_option("--peer-key", peer.key, "Its private key");
+}
+
+void AddTraces(CLI::App* command, TraceOptions& trace) {
+  command
+      ->add_option("--otlp-endpoint", trace.endpoint,
+                   "Where spans of traces go: http://host:4317 of an OpenTelemetry collector (OTLP over "
+                   "gRPC), https:// for TLS (default: nowhere)")
+      ->envname("OTEL_EXPORTER_OTLP_ENDPOINT");
+}
+
 void AddHttp(CLI::App* command, HttpOptions& http) {
   AddVllmMetrics(command, http.vllm_metrics);
   command->add_option("--listen", http.listen, "Address of the HTTP API; port 0 takes any free one")
@@ -190,6 +208,16 @@ void AddHttp(CLI::App* command, HttpOptions& http) {
       ->capture_default_str();
 }
 
+// For who may begin a trace.
+void AddTraceSample(CLI::App* command, TraceOptions& trace) {
+  command
+      ->add_option("--trace-sample", trace.sample,
+                   "Part of the requests without a trace of their own that begin one; a traceparent's flag "
+                   "decides for the others")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+}
+
 }  // namespace
 
 void AddConfigFile(CLI::App& app) {
@@ -209,6 +237,8 @@ CLI::App* AddServe(CLI::App& app, ServeOptions& options) {
   command->add_option("--drain", options.drain, "Seconds that running answers get after SIGTERM")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  AddTraces(command, options.trace);
+  AddTraceSample(command, options.trace);
   AddHosting(command, options.log);
   return command;
 }
@@ -227,9 +257,12 @@ CLI::App* AddGateway(CLI::App& app, GatewayCommandOptions& options) {
                    "Decode workers: host:port, repeatable; a DNS name stands for all its addresses")
       ->required();
   command->add_option("--prefill", options.prefill, "Prefill workers, likewise");
+  AddPeerTls(command, options.peer);
   command->add_option("--drain", options.drain, "Seconds that running answers get after SIGTERM")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  AddTraces(command, options.trace);
+  AddTraceSample(command, options.trace);
   AddHosting(command, options.log);
   return command;
 }
@@ -243,6 +276,7 @@ CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options) {
   command->add_option("--rail", options.rails,
                       "Local address of one rail of the transfer engine (host or host:port), repeatable "
                       "(default: the host of --listen)");
+  AddPeerTls(command, options.peer);
   AddVllmMetrics(command, options.vllm_metrics);
   command->add_option("--metrics-listen", options.metrics_listen,
                       "host:port where Prometheus finds /metrics (default: none)");
@@ -258,6 +292,7 @@ CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options) {
   command->add_option("--drain", options.drain, "Seconds that running requests get after SIGTERM")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  AddTraces(command, options.trace);
   AddHosting(command, options.log);
   return command;
 }
@@ -282,6 +317,7 @@ CLI::App* AddRole(CLI::App& app, RoleOptions& options) {
   command->add_option("role", options.role, "prefill, decode or both")
       ->required()
       ->check(CLI::IsMember({"prefill", "decode", "both"}));
+  AddPeerTls(command, options.peer);
   return command;
 }
 

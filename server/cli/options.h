@@ -51,8 +51,21 @@ struct HttpOptions {
   int32_t queue_max = 1024;     // requests that wait in the gateway
 };
 
+// Between the roles. PEM files, all three or none.
+struct PeerTlsCommandOptions {
+  std::string ca;
+  std::string cert;
+  std::string key;
+};
+
+struct TraceOptions {
+  std::string endpoint;  // of an OpenTelemetry collector; empty: spans go nowhere
+  double sample = 1;
+};
+
 struct ServeOptions {
   LogOptions log;
+  TraceOptions trace;
   ModelOptions model;
   HttpOptions http;
   bool aggregated = false;
@@ -61,9 +74,11 @@ struct ServeOptions {
 
 struct GatewayCommandOptions {
   LogOptions log;
+  TraceOptions trace;
   std::string model;
   std::string model_name;
   HttpOptions http;
+  PeerTlsCommandOptions peer;
   std::vector<std::string> prefill;
   std::vector<std::string> decode;
   double drain = 30;
@@ -71,7 +86,9 @@ struct GatewayCommandOptions {
 
 struct WorkerCommandOptions {
   LogOptions log;
+  TraceOptions trace;
   ModelOptions model;
+  PeerTlsCommandOptions peer;
   std::string role = "both";
   std::string listen = "127.0.0.1:7001";
   std::vector<std::string> rails;  // addresses of the transfer engine's TCP rails
@@ -91,6 +108,7 @@ struct ChatOptions {
 };
 
 struct RoleOptions {
+  PeerTlsCommandOptions peer;
   std::string worker;
   std::string role;
 };

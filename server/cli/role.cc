@@ -3,6 +3,7 @@
 #include "proto/worker.grpc.pb.h"
 #include "server/cli/commands.h"
 #include "server/rpc/channel.h"
+#include "server/rpc/peer_tls.h"
 
 namespace millrace::server {
 namespace {
@@ -11,12 +12,13 @@ constexpr auto kPatience = std::chrono::seconds(5);
 
 Status Ask(const RoleOptions& options) {
   MR_RETURN_IF_ERROR(ParseHostPort(options.worker).status());
+  MR_ASSIGN_OR_RETURN(const PeerCredentials peers,
+                      MakePeerCredentials({options.peer.ca, options.peer.cert, options.peer.key}));
   worker::v1::SetRoleRequest request;
   request.set_role(options.role == "prefill"  ? worker::v1::PREFILL
                    : options.role == "decode" ? worker::v1::DECODE
                                               : worker::v1::BOTH);
-  const auto channel =
-      grpc::CreateCustomChannel(options.worker, grpc::InsecureChannelCredentials(), ChannelArguments());
+  const auto channel = grpc::CreateCustomChannel(options.worker, peers.channel, ChannelArguments());
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + kPatience);
   worker::v1::SetRoleReply reply;

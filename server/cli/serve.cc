@@ -16,6 +16,8 @@
 #include "server/gateway/gateway.h"
 #include "server/gateway/vllm_names.h"
 #include "server/router/membership.h"
+#include "server/rpc/convert.h"
+#include "server/trace/otlp_exporter.h"
 
 namespace millrace::server {
 namespace {
@@ -90,8 +92,21 @@ void RaiseFileLimit(int32_t connections_max) {
                connections_max);
 }
 
-GatewayOptions MakeGatewayOptions(const HttpOptions& http, const std::string& effective) {
+// Null when spans go nowhere.
+StatusOr<std::unique_ptr<OtlpExporter>> StartTraces(const TraceOptions& trace, const std::string& service,
+                                                    Metrics* metrics) {
+  if (trace.endpoint.empty()) return std::unique_ptr<OtlpExporter>();
+  OtlpOptions options;
+  options.endpoint = trace.endpoint;
+  options.service_name = service;
+  options.service_version = MILLRACE_VERSION;
+  return OtlpExporter::Start(options, *metrics);
+}
+
+GatewayOptions MakeGatewayOptions(const HttpOptions& http, const Tracing& tracing,
+                                  const std::string& effective) {
   GatewayOptions options;
+  options.tracing = tracing;
   options.effective = effective;
   options.admin_listen = http.admin_listen;
   options.grpc_listen = http.grpc_listen;
@@ -117,16 +132,24 @@ void SayWhere(const Gateway& gateway, const HttpOptions& http, const std::string
   if (!gateway.grpc_address().empty()) fmt::print("  gRPC: {}\n", gateway.grpc_address());
 }
 
-void DescribeBuild(const std::string& role, Metrics* metrics) {
+void DescribeBuild(const std::string& role, Metrics* metrics, MetricLabels more = {}) {
+  more.insert({{"version", MILLRACE_VERSION}, {"role", role}});
   metrics
-      ->Gauge("millrace_build_info", "1; what this process is.",
-              {{"version", MILLRACE_VERSION}, {"role", role}})
+      ->Gauge("millrace_build_info",
+              "1; what this process is. Workers hand over to each other if protocol, model_digest and "
+              "kv_layout are the same.",
+              more)
       .Set(1);
 }
 
-void DescribeEngine(const std::string& role, bool vllm_names, const std::string& model,
+void DescribeEngine(const std::string& role, bool vllm_names, const LoadedModel& loaded,
                     const engine::Engine& engine, Metrics* metrics) {
-  DescribeBuild(role, metrics);
+  const std::string& model = loaded.name;
+  DescribeBuild(role, metrics,
+                {{"model", model},
+                 {"model_digest", loaded.digest},
+                 {"kv_layout", fmt::format("{:016x}", engine.kv_layout().CompatibilityHash())},
+                 {"protocol", std::to_string(kProtocolVersion)}});
   if (!vllm_names) return;
   // Its values are labels, so that it is no other metric under another name.
   metrics
@@ -154,10 +177,12 @@ StatusOr<std::unique_ptr<prometheus::Exposer>> ExposeMetrics(
 
 Status Serve(const ServeOptions& options, const std::string& effective) {
   MR_RETURN_IF_ERROR(ConfigureLog(options.log));
+  TakeOverGrpcLog();
   LogInfo("{}", effective);
   RaiseFileLimit(options.http.connections_max);
   Signals signals;
   Metrics metrics;
+  MR_ASSIGN_OR_RETURN(const auto traces, StartTraces(options.trace, "millrace", &metrics));
   MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
   MR_ASSIGN_OR_RETURN(const ModelInfo info, DescribeModel(options.model.model, options.model.model_name));
 
@@ -169,16 +194,19 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
   for (const WorkerRole role : roles) {
     HostedWorkerOptions worker;
     worker.role = role;
+    worker.spans = traces.get();
     // Two engines in one process would fight over one metric; the decode side is what operators watch.
     Metrics* const worker_metrics = role == WorkerRole::kPrefill ? nullptr : &metrics;
     MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, worker_metrics));
     members.workers.push_back(hosted.worker->address());
-    if (worker_metrics != nullptr) DescribeEngine("serve", vllm_names, model.name, *hosted.engine, &metrics);
+    if (worker_metrics != nullptr) DescribeEngine("serve", vllm_names, model, *hosted.engine, &metrics);
     workers.push_back(std::move(hosted));
   }
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
-  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
-                                                         *model.tokenizer, *membership, metrics));
+  MR_ASSIGN_OR_RETURN(
+      const auto gateway,
+      Gateway::Start(MakeGatewayOptions(options.http, {traces.get(), options.trace.sample}, effective), info,
+                     *model.tokenizer, *membership, metrics));
   SayWhere(*gateway, options.http, info.name);
   fmt::print(
       "  try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d "
@@ -194,21 +222,28 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
 
 Status ServeGateway(const GatewayCommandOptions& options, const std::string& effective) {
   MR_RETURN_IF_ERROR(ConfigureLog(options.log));
+  TakeOverGrpcLog();
   LogInfo("{}", effective);
   RaiseFileLimit(options.http.connections_max);
   Signals signals;
   Metrics metrics;
+  MR_ASSIGN_OR_RETURN(const auto traces, StartTraces(options.trace, "millrace-gateway", &metrics));
   MR_ASSIGN_OR_RETURN(const ModelInfo info, DescribeModel(options.model, options.model_name));
   MR_ASSIGN_OR_RETURN(const auto tokenizer, engine::Tokenizer::Load(options.model));
   DescribeBuild("gateway", &metrics);
+  MR_ASSIGN_OR_RETURN(const PeerCredentials peers,
+                      MakePeerCredentials({options.peer.ca, options.peer.cert, options.peer.key}));
   MembershipOptions members;
+  members.credentials = peers.channel;
   members.workers = options.decode;
   members.workers.insert(members.workers.end(), options.prefill.begin(), options.prefill.end());
   std::sort(members.workers.begin(), members.workers.end());
   members.workers.erase(std::unique(members.workers.begin(), members.workers.end()), members.workers.end());
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
-  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(MakeGatewayOptions(options.http, effective), info,
-                                                         *tokenizer, *membership, metrics));
+  MR_ASSIGN_OR_RETURN(
+      const auto gateway,
+      Gateway::Start(MakeGatewayOptions(options.http, {traces.get(), options.trace.sample}, effective), info,
+                     *tokenizer, *membership, metrics));
   SayWhere(*gateway, options.http, info.name);
   std::fflush(stdout);
   MR_RETURN_IF_ERROR(signals.Wait(options.drain));
@@ -218,15 +253,22 @@ Status ServeGateway(const GatewayCommandOptions& options, const std::string& eff
 
 Status ServeWorker(const WorkerCommandOptions& options, const std::string& effective) {
   MR_RETURN_IF_ERROR(ConfigureLog(options.log));
+  TakeOverGrpcLog();
   LogInfo("{}", effective);
   Signals signals;
   Metrics metrics;
-  MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
+  MR_ASSIGN_OR_RETURN(
+      const auto traces,
+      StartTraces(options.trace, "millrace-" + (options.role == "both" ? "worker" : options.role), &metrics));
   HostedWorkerOptions worker;
+  MR_ASSIGN_OR_RETURN(worker.peers,
+                      MakePeerCredentials({options.peer.ca, options.peer.cert, options.peer.key}));
+  MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
   worker.role = options.role == "prefill"  ? WorkerRole::kPrefill
                 : options.role == "decode" ? WorkerRole::kDecode
                                            : WorkerRole::kBoth;
   worker.listen = options.listen;
+  worker.spans = traces.get();
   worker.grant_pages = options.grant_pages;
   worker.stall_max = FromSeconds(options.stall_max);
   MR_ASSIGN_OR_RETURN(const HostPort listen, ParseHostPort(options.listen));
@@ -237,7 +279,7 @@ Status ServeWorker(const WorkerCommandOptions& options, const std::string& effec
     worker.rails.push_back(bare ? rail + ":0" : rail);
   }
   MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, &metrics));
-  DescribeEngine(options.role, options.vllm_metrics == "on", model.name, *hosted.engine, &metrics);
+  DescribeEngine(options.role, options.vllm_metrics == "on", model, *hosted.engine, &metrics);
   std::vector<std::shared_ptr<prometheus::Collectable>> sources = {metrics.collectable()};
   if (options.vllm_metrics == "on")
     sources.push_back(std::make_shared<VllmNames>(metrics.collectable(), model.name));

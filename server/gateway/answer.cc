@@ -1,5 +1,6 @@
 #include "server/gateway/answer.h"
 
+#include <algorithm>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/use_awaitable.hpp>
@@ -22,18 +23,23 @@ Answer::Answer(net::any_io_executor executor, const AnswerContext& context, cons
 }
 
 std::shared_ptr<Answer> Answer::Start(net::any_io_executor executor, const AnswerContext& context,
-                                      const ApiRequest& request, const std::string& key, TimePoint deadline) {
+                                      const ApiRequest& request, const std::string& key, TimePoint deadline,
+                                      const TraceContext& trace) {
   // Shared: the events of its generations find it, or that it is gone.
   std::shared_ptr<Answer> answer(new Answer(std::move(executor), context, request, deadline));
-  answer->Enter(key);
+  answer->Enter(key, trace);
   return answer;
 }
 
-void Answer::Enter(const std::string& key) {
+void Answer::Enter(const std::string& key, const TraceContext& trace) {
   record_.id = request_.id;
   record_.key = key;
   record_.prompt_tokens = usage_.prompt_tokens;
   record_.accepted = Clock::System().Now();
+  const char* const operation = request_.endpoint == Endpoint::kCompletions ? "text_completion" : "chat";
+  span_ = BeginTrace(context_.tracing, trace, fmt::format("{} {}", operation, context_.model_name),
+                     SpanKind::kServer, record_.accepted);
+  span_.Set("gen_ai.operation.name", operation);
   context_.log.Put(record_);
   const auto decide = [executor = executor_, weak = weak_from_this()](const Status& status) {
     net::post(executor, [weak, status] {
@@ -63,19 +69,40 @@ void Answer::NoteEnd(const std::string& outcome) {
   ticket_.Leave(usage_.completion_tokens);
   record_.cached_tokens = usage_.cached_tokens;
   record_.completion_tokens = usage_.completion_tokens;
+  for (const Running& running : running_)
+    record_.longest_choice_tokens = std::max(record_.longest_choice_tokens, running.choice.num_tokens());
   record_.ended = Clock::System().Now();
   record_.outcome = outcome;
   context_.log.Put(record_);
   context_.metrics.OnEnd(record_);
 }
 
+// In the words of OpenTelemetry's conventions for generative AI; never what was said.
+void Answer::EndSpan(const Status& status) {
+  if (!span_.recording()) return;
+  span_.Set("gen_ai.provider.name", "millrace");
+  span_.Set("gen_ai.request.model", context_.model_name);
+  span_.Set("gen_ai.response.model", context_.model_name);
+  span_.Set("gen_ai.response.id", request_.id);
+  std::vector<std::string> finishes;
+  for (const Running& running : running_) {
+    if (running.finished()) finishes.push_back(running.finish);
+  }
+  span_.Set("gen_ai.response.finish_reasons", std::move(finishes));
+  span_.Set("gen_ai.usage.input_tokens", int64_t{usage_.prompt_tokens});
+  span_.Set("gen_ai.usage.output_tokens", int64_t{usage_.completion_tokens});
+  span_.Set("gen_ai.usage.cache_read.input_tokens", int64_t{usage_.cached_tokens});
+  span_.End(status);
+}
+
 void Answer::Begin() {
   record_.admitted = Clock::System().Now();
+  span_.Child("queue", SpanKind::kInternal, record_.accepted).End(record_.admitted, OkStatus());
   context_.log.Put(record_);
   // Shared by the choices.
   const auto runner = std::make_shared<StrandRunner>(executor_);
   for (int32_t i = 0; i < request_.num_choices(); ++i)
-    running_.push_back({Choice(request_, context_.tokenizer, i), nullptr, {}});
+    running_.push_back({Choice(request_, context_.tokenizer, i), nullptr, {}, {}});
   for (size_t i = 0; i < running_.size() && !ended_; ++i) {
     const auto choice = static_cast<int32_t>(i);
     GenerationRequest wanted;
@@ -85,6 +112,8 @@ void Answer::Begin() {
     wanted.priority = request_.priority;
     wanted.cache_salt = request_.cache_salt;
     wanted.deadline = deadline_;
+    wanted.spans = context_.tracing.spans;
+    wanted.trace = span_.context();
     running_[i].generation =
         Generation::Create(runner, context_.membership, context_.in_flight, context_.options, wanted,
                            [weak = weak_from_this(), i](const Generation::Event& event) {
@@ -109,7 +138,7 @@ void Answer::NoteToken(size_t index) {
 
 void Answer::OnEvent(size_t index, const Generation::Event& event) {
   Running& running = running_[index];
-  if (ended_ || running.finished) return;
+  if (ended_ || running.finished()) return;
   if (const auto* end = std::get_if<Generation::End>(&event)) {
     // A generation ends well only after a token that carried a finish.
     return Fail(end->status.ok() ? Internal("an answer ended without a finish reason") : end->status);
@@ -128,13 +157,14 @@ void Answer::OnEvent(size_t index, const Generation::Event& event) {
   ++usage_.completion_tokens;
   usage_.reasoning_tokens += running.choice.num_reasoning_tokens() - reasoning;
   if (delta.empty()) return;
-  running.finished = !delta.finish.empty();
-  if (running.finished) context_.metrics.OnFinish(delta.finish);
+  running.finish = delta.finish;
+  if (running.finished()) context_.metrics.OnFinish(running.finish);
   events_.emplace_back(Step{std::move(delta), usage_});
-  if (running.finished) {
+  if (running.finished()) {
     running.generation->Cancel(Cancelled("the answer is over"));  // a stop string was met
     if (++num_finished_ == running_.size()) {
       NoteEnd("ok");
+      EndSpan(OkStatus());
       events_.emplace_back(Done{});
     }
   }
@@ -147,6 +177,7 @@ void Answer::Fail(const Status& status) {
   for (Running& running : running_) {
     if (running.generation != nullptr) running.generation->Cancel(status);
   }
+  EndSpan(status);
   events_.emplace_back(Failed{status});
   wake_.cancel();
 }

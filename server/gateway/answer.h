@@ -34,6 +34,8 @@ struct AnswerContext {
   RequestLog& log;
   RequestMetrics& metrics;
   const GenerationOptions& options;
+  const Tracing& tracing;
+  const std::string& model_name;
 };
 
 // Confined to its executor (a strand). Whoever starts it calls Cancel when it wants no more; that is harmless
@@ -41,9 +43,10 @@ struct AnswerContext {
 class Answer : public std::enable_shared_from_this<Answer> {
  public:
   // Waits for its turn among the requests of all keys (`key`: whose this is), then asks the workers.
-  // `request` outlives the answer's last Next.
+  // `request` outlives the answer's last Next. `trace`: the client's, if it has one.
   static std::shared_ptr<Answer> Start(boost::asio::any_io_executor executor, const AnswerContext& context,
-                                       const ApiRequest& request, const std::string& key, TimePoint deadline);
+                                       const ApiRequest& request, const std::string& key, TimePoint deadline,
+                                       const TraceContext& trace);
 
   struct Step {
     ChoiceDelta delta;
@@ -68,17 +71,19 @@ class Answer : public std::enable_shared_from_this<Answer> {
     Choice choice;
     std::shared_ptr<Generation> generation;
     TimePoint last_token = {};
-    bool finished = false;
+    std::string finish = {};  // why it has finished
+    bool finished() const { return !finish.empty(); }
   };
 
   Answer(boost::asio::any_io_executor executor, const AnswerContext& context, const ApiRequest& request,
          TimePoint deadline);
-  void Enter(const std::string& key);
+  void Enter(const std::string& key, const TraceContext& trace);
   void Begin();
   void OnEvent(size_t index, const Generation::Event& event);
   void Fail(const Status& status);
   void NoteToken(size_t index);
   void NoteEnd(const std::string& outcome);
+  void EndSpan(const Status& status);
 
   const boost::asio::any_io_executor executor_;
   const AnswerContext context_;
@@ -90,6 +95,7 @@ class Answer : public std::enable_shared_from_this<Answer> {
   size_t num_finished_ = 0;
   Usage usage_;
   RequestRecord record_;
+  Span span_;
   std::deque<Event> events_;  // bounded by max_tokens of each choice
   bool ended_ = false;        // Done or Failed is queued or was taken
   boost::asio::steady_timer wake_;

@@ -14,6 +14,7 @@
 #include "server/gateway/generation.h"
 #include "server/gateway/tls.h"
 #include "server/router/membership.h"
+#include "server/trace/span.h"
 
 namespace millrace::server {
 
@@ -37,6 +38,7 @@ struct GatewayOptions {
   Duration keepalive = std::chrono::seconds(15);         // comment lines in a silent stream
   Duration request_timeout = std::chrono::seconds(600);  // when the client names none
   GenerationOptions generation;
+  Tracing tracing;
 };
 
 // Thread-safe. Connections are served by the gateway's own threads, each connection on one strand.

@@ -74,7 +74,8 @@ struct GatewayContext {
   uint64_t AddAnswerStop(const boost::asio::any_io_executor& executor, const std::shared_ptr<Answer>& answer,
                          const std::string& id);
   AnswerContext ForAnswers() {
-    return {tokenizer, membership, in_flight, admission, request_log, request_metrics, options.generation};
+    return {tokenizer,       membership,         in_flight,       admission, request_log,
+            request_metrics, options.generation, options.tracing, model.name};
   }
 };
 

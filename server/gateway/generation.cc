@@ -62,6 +62,8 @@ Generation::Generation(std::shared_ptr<TaskRunner> runner, Membership& membershi
       in_flight_(in_flight),
       options_(options),
       deadline_(request.deadline),
+      spans_(request.spans),
+      trace_(request.trace),
       on_event_(std::move(on_event)) {
   request_.set_protocol_version(kProtocolVersion);
   request_.set_request_id(request.id);
@@ -114,6 +116,10 @@ void Generation::Dispatch() {
   ++fruitless_;
   failed_.push_back(decode_);  // if this attempt ends without a finish, another worker goes on
   heard_ = runner_->Now();
+  span_ = BeginSpan(spans_, trace_, "millrace.worker.v1.Worker/Generate", SpanKind::kClient, heard_);
+  span_.Set("server.address", decode_);
+  span_.Set("millrace.tokens_before", int64_t{request_.output_size()});
+  TraceToProto(span_.context(), &request_);
   call_ = membership_.Generate(route->decode, request_, deadline_,
                                std::make_shared<Observer>(shared_from_this(), attempt_));
   Watch();
@@ -153,6 +159,7 @@ void Generation::LookAfterWorker() {
 // The attempt is over, the answer is not.
 void Generation::Lost(const Status& cause) {
   ++attempt_;  // whatever it still says is stale
+  span_.End(runner_->Now(), cause);
   if (AnotherMay(cause) && cause.code() != absl::StatusCode::kResourceExhausted) decode_lease_.Failed();
   decode_lease_.Release();
   prefill_lease_.Release();
@@ -195,9 +202,11 @@ void Generation::OnEvent(int32_t attempt, const rpc::GenerateEvent& event) {
   request_.mutable_sampling()->set_prompt_logprobs(false);  // they came with this token, if ever
   prefill_lease_.Release();
   request_.add_output(token.token.token);
+  const bool last = token.finish != engine::FinishReason::kNone;
+  if (last) span_.End(heard_, OkStatus());
   on_event_(token);
   // The answer is whole: what becomes of its worker and its stream now is nothing to it.
-  if (token.finish != engine::FinishReason::kNone) Finish(OkStatus());
+  if (last) Finish(OkStatus());
 }
 
 bool Generation::CanContinue(const Status& status) const {
@@ -213,6 +222,7 @@ void Generation::OnDone(int32_t attempt, const grpc::Status& status) {
 void Generation::Finish(Status status) {
   if (ended_) return;
   ended_ = true;
+  span_.End(runner_->Now(), status);
   if (timer_.has_value()) runner_->CancelTimer(*timer_);
   decode_lease_.Release();
   prefill_lease_.Release();

@@ -16,6 +16,7 @@
 #include "server/router/membership.h"
 #include "server/rpc/generate_client.h"
 #include "server/rpc/task_runner.h"
+#include "server/trace/span.h"
 
 namespace millrace::server {
 
@@ -33,6 +34,8 @@ struct GenerationRequest {
   int32_t priority = 0;
   std::string cache_salt;  // KV is shared only among requests of one salt
   TimePoint deadline = kNoDeadline;
+  SpanSink* spans = nullptr;  // may be null; outlives the generation
+  TraceContext trace;         // what asks for it
 };
 
 // Confined to its runner (a strand): every method is called there; gRPC's threads only post to it. Tokens
@@ -94,6 +97,9 @@ class Generation : public std::enable_shared_from_this<Generation> {
   std::shared_ptr<GenerateCall> call_;
   InFlight::Lease decode_lease_;
   InFlight::Lease prefill_lease_;  // until the first token of the attempt
+  SpanSink* const spans_;
+  const TraceContext trace_;
+  Span span_;  // of the attempt
   const std::function<void(const Event&)> on_event_;
   bool ended_ = false;  // End was said
 };

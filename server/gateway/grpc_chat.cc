@@ -135,7 +135,8 @@ class ChatCall : public std::enable_shared_from_this<ChatCall> {
       co_return;
     }
     ++context_->requests_running;
-    answer_ = Answer::Start(strand_, context_->ForAnswers(), *api_, key_, Deadline());
+    answer_ = Answer::Start(strand_, context_->ForAnswers(), *api_, key_, Deadline(),
+                            ParseTraceContext(Metadata("traceparent"), Metadata("tracestate")));
     const uint64_t stop = context_->AddAnswerStop(strand_, answer_, api_->id);
     if (left_) answer_->Cancel(Cancelled("the client went away"));
     ChatProtoFormat format(*api_, context_->model, context_->tokenizer, std::time(nullptr));

@@ -63,6 +63,16 @@ HttpResponse WholeResponse(std::string body) {
   return response;
 }
 
+TraceContext TraceOf(const HttpRequest& request) {
+  const auto parent = request["traceparent"];
+  if (parent.empty()) return {};
+  std::string state;  // may come in several fields
+  const auto [begin, end] = request.equal_range("tracestate");
+  for (auto field = begin; field != end; ++field)
+    state += (state.empty() ? "" : ",") + std::string(field->value());
+  return ParseTraceContext({parent.data(), parent.size()}, state);
+}
+
 // Says it in the log too when it is the server's fault.
 HttpResponse FailureResponse(const HttpConnection& connection, const ApiError& error) {
   if (error.http_status >= 500)
@@ -168,8 +178,8 @@ net::awaitable<HttpOutcome> AnswerApi(HttpConnection& connection, GatewayContext
   const ApiRequest& request = *prepared->request;
   context.unknown_fields.Note(request.unknown_fields);
   ++context.requests_running;
-  const auto answer =
-      Answer::Start(connection.executor(), context.ForAnswers(), request, key, context.DeadlineOf(request));
+  const auto answer = Answer::Start(connection.executor(), context.ForAnswers(), request, key,
+                                    context.DeadlineOf(request), TraceOf(connection.request()));
   const uint64_t stop = context.AddAnswerStop(connection.executor(), answer, request.id);
   connection.WatchPeer([answer] { answer->Cancel(Cancelled("the client went away")); });
   HttpOutcome outcome;

@@ -162,14 +162,31 @@ class Session {
     return response;
   }
 
+  // A client may write what it likes there.
+  const char* MethodLabel() const {
+    switch (connection_.request().method()) {
+      case http::verb::get:
+        return "GET";
+      case http::verb::head:
+        return "HEAD";
+      case http::verb::post:
+        return "POST";
+      case http::verb::options:
+        return "OPTIONS";
+      default:
+        return "other";
+    }
+  }
+
   void Count(int status) {
     const Route* const route = FindRoute(connection_.path());
     const bool model = connection_.path().starts_with(kModelPrefix);
     context_->metrics
-        .Counter("millrace_http_requests_total", "HTTP requests answered, by path and status.",
+        .Counter("millrace_http_requests_total", "HTTP requests answered, by path, method and status.",
                  {{"path", route != nullptr ? route->path
                            : model          ? "/v1/models"
                                             : "other"},
+                  {"method", MethodLabel()},
                   {"status", std::to_string(status)}})
         .Increment();
   }

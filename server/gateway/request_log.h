@@ -28,6 +28,7 @@ struct RequestRecord {
   int32_t prompt_tokens = 0;
   int32_t cached_tokens = 0;  // of these
   int32_t completion_tokens = 0;
+  int32_t longest_choice_tokens = 0;  // of these, those of the choice that has most
   TimePoint accepted;
   TimePoint admitted;  // these four: TimePoint() while it has not come to that
   TimePoint first_token;

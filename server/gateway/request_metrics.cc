@@ -8,14 +8,14 @@ namespace {
 
 // Seconds. The first are those of vLLM's histograms of the same meaning, so that dashboards agree; the second
 // are finer below 10 ms, which is where tokens of small models are.
-const std::vector<double> kFirstTokenBuckets = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08,
-                                                0.1,   0.25,  0.5,  0.75, 1,    2.5,  5,
-                                                7.5,   10,    20,   40,   80,   160,  640};
+const std::vector<double> kFirstTokenBuckets = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,
+                                                0.25,  0.5,   0.75, 1,    2.5,  5,    7.5,  10,
+                                                20,    40,    80,   160,  640,  2560};
 const std::vector<double> kTokenBuckets = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1,
                                            0.15,  0.2,    0.3,   0.4,  0.5,   0.75, 1,     2.5,
                                            5,     7.5,    10,    20,   40,    80};
-const std::vector<double> kDurationBuckets = {0.05, 0.1, 0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,  10,
-                                              15,   20,  30,  40,  50,  60, 120, 240, 480, 960};
+const std::vector<double> kDurationBuckets = {0.05, 0.1, 0.3, 0.5, 0.8, 1,   1.5, 2,   2.5, 5,    10,  15,
+                                              20,   30,  40,  50,  60,  120, 240, 480, 960, 1920, 7680};
 const std::vector<double> kPhaseBuckets = {0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05,
                                            0.1,    0.2,    0.5,    1,     2,     5,     10,   30,   100};
 const std::vector<double> kCountBuckets = {1,   2,    5,    10,   20,    50,    100,   200,
@@ -35,10 +35,16 @@ RequestMetrics::RequestMetrics(Metrics& metrics)
                                                kTokenBuckets)),
       duration_(metrics.Histogram("millrace_request_seconds", "From the request to the end of its answer.",
                                   kDurationBuckets)),
+      inference_(metrics.Histogram("millrace_request_inference_seconds",
+                                   "From the request's admission to the end of its answer.",
+                                   kDurationBuckets)),
       prompt_tokens_(metrics.Histogram("millrace_request_prompt_tokens",
                                        "Tokens of the prompts of a request.", kCountBuckets)),
       output_tokens_(metrics.Histogram("millrace_request_output_tokens", "Tokens of the answer to a request.",
                                        kCountBuckets)),
+      longest_choice_(metrics.Histogram("millrace_request_longest_choice_tokens",
+                                        "Tokens of the longest choice of the answer to a request.",
+                                        kCountBuckets)),
       cached_tokens_(metrics.Counter("millrace_cached_prompt_tokens_total",
                                      "Tokens of prompts found in a prefix cache.")),
       waiting_(metrics.Gauge("millrace_gateway_waiting", "Requests that wait in the gateway.")),
@@ -60,8 +66,10 @@ void RequestMetrics::OnEnd(const RequestRecord& record) {
   if (record.outcome != "ok") return;
   time_to_first_token_.Observe(Seconds(record.first_token - record.accepted));
   duration_.Observe(Seconds(record.ended - record.accepted));
+  inference_.Observe(Seconds(record.ended - record.admitted));
   prompt_tokens_.Observe(record.prompt_tokens);
   output_tokens_.Observe(record.completion_tokens);
+  longest_choice_.Observe(record.longest_choice_tokens);
   cached_tokens_.Increment(record.cached_tokens);
   if (record.completion_tokens > 1)
     time_per_output_token_.Observe(Seconds(record.ended - record.first_token) /

@@ -32,8 +32,10 @@ class RequestMetrics {
   prometheus::Histogram& inter_token_;
   prometheus::Histogram& time_per_output_token_;
   prometheus::Histogram& duration_;
+  prometheus::Histogram& inference_;
   prometheus::Histogram& prompt_tokens_;
   prometheus::Histogram& output_tokens_;
+  prometheus::Histogram& longest_choice_;
   prometheus::Counter& cached_tokens_;
   prometheus::Gauge& waiting_;
   prometheus::Gauge& running_;

@@ -145,15 +145,12 @@ std::optional<ApiError> ParseConstraint(std::string_view text, const RenderedPro
         fmt::format("'{}' with tools needs 'tool_choice': 'none': the model could not call them",
                     wanted.param));
   }
-  if (request->parser.thinking) {
-    return BadRequest(wanted.param,
-                      fmt::format("'{}' with thinking is not supported by this server", wanted.param));
-  }
   if (request->sampling.ignore_eos || request->sampling.min_tokens > 0) {
     return BadRequest(
         wanted.param,
         fmt::format("'{}' says where the answer ends: ignore_eos and min_tokens exclude it", wanted.param));
   }
+  if (request->parser.thinking) wanted.constraint["thinking"] = true;  // it holds for what comes after
   request->sampling.constraint = DumpJson(wanted.constraint);
   const Status good = CheckConstraint(request->sampling.constraint);
   if (!good.ok()) return BadRequest(wanted.param, std::string(Message(good)));

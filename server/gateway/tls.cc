@@ -1,6 +1,8 @@
 #include "server/gateway/tls.h"
 
+#include "base/log.h"
 #include "server/gateway/api_keys.h"
+#include "server/rpc/certificate.h"
 
 namespace millrace::server {
 namespace {
@@ -20,6 +22,9 @@ StatusOr<std::shared_ptr<ssl::context>> MakeContext(const TlsOptions& options) {
   if (error) return InvalidArgument("TLS key {}: {}", options.key, error.message());
   if (SSL_CTX_check_private_key(context->native_handle()) != 1)
     return InvalidArgument("TLS: the key {} does not belong to {}", options.key, options.certificate);
+  // Served all the same: clients judge, and a clock may be wrong.
+  if (const std::string problem = ValidityProblem(options.certificate); !problem.empty())
+    LogWarning("TLS certificate {} {}: clients will refuse it", options.certificate, problem);
   if (!options.client_ca.empty()) {
     context->load_verify_file(options.client_ca, error);
     if (error) return InvalidArgument("TLS client CA {}: {}", options.client_ca, error.message());

@@ -1,6 +1,6 @@
 #pragma once
-// Metrics once more under the names that vLLM gives to the same things, for dashboards, autoscalers and
-// routers that know those.
+// Metrics once more under the names that vLLM (and, for what it has not, SGLang) gives to the same things,
+// for dashboards, autoscalers and routers that know those.
 
 #include <prometheus/collectable.h>
 

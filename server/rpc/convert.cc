@@ -71,6 +71,15 @@ StatusOr<engine::EngineRequest> RequestFromProto(const rpc::GenerateRequest& mes
   return request;
 }
 
+TraceContext TraceFromProto(const rpc::GenerateRequest& message) {
+  return ParseTraceContext(message.traceparent(), message.tracestate());
+}
+
+void TraceToProto(const TraceContext& trace, rpc::GenerateRequest* message) {
+  message->set_traceparent(trace.traceparent());
+  message->set_tracestate(trace.state);
+}
+
 void SamplingToProto(const engine::SamplingParams& params, rpc::Sampling* message) {
   message->set_temperature(params.temperature);
   message->set_top_p(params.top_p);

@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "engine/core/engine.h"
 #include "proto/worker.pb.h"
+#include "server/trace/trace_context.h"
 
 namespace millrace::server {
 
@@ -21,6 +22,10 @@ inline constexpr uint32_t kProtocolVersion = 4;
 // A request for the engine, deadline = now + timeout_us. InvalidArgument names the field.
 StatusOr<engine::EngineRequest> RequestFromProto(const rpc::GenerateRequest& message, engine::RequestId id,
                                                  TimePoint now);
+// Which trace the message's call belongs to.
+TraceContext TraceFromProto(const rpc::GenerateRequest& message);
+void TraceToProto(const TraceContext& trace, rpc::GenerateRequest* message);
+
 void SamplingToProto(const engine::SamplingParams& params, rpc::Sampling* message);
 
 void TokenToProto(const engine::TokenEvent& event, rpc::Token* message);

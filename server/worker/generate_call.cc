@@ -45,6 +45,7 @@ class GenerateCall final : public WorkerCall,
     Duration queue{}, prefill{}, transfer{}, post{}, commit{};
   };
   void SendPhases(const PhaseDurations& took, const std::string& prefill_worker);
+  void TraceImport(const AttemptTimes& times);
   void End(const Status& status);
   std::unique_ptr<Sink> NewRun();
 
@@ -67,6 +68,10 @@ class GenerateCall final : public WorkerCall,
   int32_t prefill_tried_ = 0;   // attempts
   std::string prefill_worker_;  // of the attempt; empty when there is none, or it has been judged
   bool prefill_here_ = false;
+  Span span_;
+  Span attempt_span_;  // with prefill_worker_
+  TimePoint attempt_at_{};
+  TimePoint decode_from_{};  // when the prompt's KV was complete here
 
   int32_t next_index_ = 0;    // number of the next token to send
   TimePoint token_at_{};      // when the engine made the last one; for the gap to the next
@@ -94,6 +99,8 @@ class GenerateCall::Sink final : public engine::TokenSink {
 void GenerateCall::Begin() {
   context_->calls.push_back(this);
   begun_ = context_->control.Now();
+  span_ = BeginSpan(context_->options.spans, TraceFromProto(request_), "millrace.worker.v1.Worker/Generate",
+                    SpanKind::kServer, begun_);
   if (const Status status = Admit(); !status.ok()) return End(status);
   const std::optional<std::string> prefill = NextPrefillWorker();
   const Status status = prefill.has_value() ? ImportFrom(*prefill) : GenerateHere();
@@ -139,6 +146,7 @@ std::optional<std::string> GenerateCall::NextPrefillWorker() {
 void GenerateCall::JudgePrefillWorker(const Status& outcome) {
   if (prefill_worker_.empty()) return;
   const std::string address = std::exchange(prefill_worker_, {});
+  attempt_span_.End(context_->control.Now(), outcome);
   WorkerHealth& health = context_->prefill_health;
   if (outcome.ok()) {
     health.Succeeded(address);
@@ -148,6 +156,7 @@ void GenerateCall::JudgePrefillWorker(const Status& outcome) {
     health.Neither(address);  // full, or nobody waits any more
   } else {
     health.Failed(address);
+    context_->metrics.OnKvFailed(address);
   }
 }
 
@@ -167,7 +176,12 @@ Status GenerateCall::ImportFrom(const std::string& address) {
   MR_RETURN_IF_ERROR(context_->engine->BeginImport(native_, std::move(sink)));
   prefill_worker_ = address;
   context_->prefill_health.Begin(address);
-  attempt_ = ImportAttempt::Start(context_, this, {address, native_.id, request_, native_.deadline});
+  attempt_at_ = context_->control.Now();
+  attempt_span_ = span_.Child("millrace.worker.v1.Worker/Prefill", SpanKind::kClient, attempt_at_);
+  attempt_span_.Set("server.address", address);
+  ImportParams params{address, native_.id, request_, native_.deadline};
+  TraceToProto(attempt_span_.context(), &params.request);
+  attempt_ = ImportAttempt::Start(context_, this, std::move(params));
   return OkStatus();
 }
 
@@ -175,6 +189,8 @@ void GenerateCall::OnFirstToken(const engine::TokenEvent& first) { Deliver(first
 
 void GenerateCall::OnImported(const AttemptTimes& times) {
   const std::string address = prefill_worker_;
+  TraceImport(times);
+  context_->metrics.OnKvReceived(address, times.wire, times.post, times.bytes, times.pieces);
   JudgePrefillWorker(OkStatus());
   attempt_.reset();
   SendPhases({.queue = times.granted - begun_,
@@ -205,7 +221,11 @@ void GenerateCall::OnEngineToken(uint64_t run, const engine::TokenEvent& event) 
   const TimePoint now = context_->control.Now();
   if (token_at_ != TimePoint{}) context_->speed.OnTokenGap(now - token_at_);
   token_at_ = now;
-  if (prefill_here_ && !phases_sent_) SendPhases({.prefill = now - begun_}, "");
+  if (prefill_here_ && !phases_sent_) {
+    SendPhases({.prefill = now - begun_}, "");
+    span_.Child("prefill", SpanKind::kInternal, begun_).End(now, OkStatus());
+    decode_from_ = now;
+  }
   Deliver(event);
 }
 
@@ -250,6 +270,14 @@ void GenerateCall::SendPhases(const PhaseDurations& took, const std::string& pre
   if (!prefill_worker.empty()) context_->metrics.OnPhase("transfer", took.transfer);
 }
 
+// What D itself did and waited for; P tells the rest.
+void GenerateCall::TraceImport(const AttemptTimes& times) {
+  decode_from_ = times.committed;
+  if (!attempt_span_.recording()) return;
+  attempt_span_.Child("grant_wait", SpanKind::kInternal, attempt_at_).End(times.granted, OkStatus());
+  attempt_span_.Child("commit", SpanKind::kInternal, times.sealed).End(times.committed, OkStatus());
+}
+
 // Whatever ran for this request stops.
 void GenerateCall::End(const Status& status) {
   if (ended_) return;
@@ -258,6 +286,9 @@ void GenerateCall::End(const Status& status) {
   if (run_ > 0) context_->engine->Cancel(native_.id);  // nothing when it ended by itself
   if (const auto attempt = std::move(attempt_); attempt != nullptr) attempt->Abandon();
   JudgePrefillWorker(Cancelled("abandoned"));
+  const TimePoint now = context_->control.Now();
+  if (decode_from_ != TimePoint{}) span_.Child("decode", SpanKind::kInternal, decode_from_).End(now, status);
+  span_.End(now, status);
   std::erase(context_->calls, this);
   context_->metrics.OnRequest("generate", status);
   std::exchange(stream_, nullptr)->Finish(status);

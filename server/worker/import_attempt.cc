@@ -41,7 +41,7 @@ ImportAttempt::ImportAttempt(WorkerContext* context, ImportOwner* owner, ImportP
       params_(std::move(params)),
       num_pages_(SequencePages(params_.request)),
       first_index_(params_.request.output_size()),
-      ticket_(&context->metrics) {}
+      ticket_(&context->metrics.imports()) {}
 
 // Only once the first pages are here: the engine keeps the rest for an import that it admitted, so what P
 // computes can always be sent. P working for a request that waits here, while one that is admitted here waits
@@ -157,6 +157,9 @@ Status ImportAttempt::HandleEvent(const rpc::PrefillEvent& event) {
       times_.post = std::min<Duration>(
           times_.sealed - times_.first_token,
           std::chrono::microseconds(std::clamp<int64_t>(event.seal().post_us(), 0, kPostUsMax)));
+      times_.wire = std::chrono::microseconds(std::clamp<int64_t>(event.seal().wire_us(), 0, kPostUsMax));
+      times_.bytes = event.seal().bytes();
+      times_.pieces = event.seal().pieces();
       // Close first, digest then: what is digested is what nobody can write to any more.
       CloseTicket();
       return OkStatus();

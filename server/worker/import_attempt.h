@@ -17,8 +17,11 @@ struct AttemptTimes {
   TimePoint granted;      // the first pages were there
   TimePoint first_token;  // it arrived
   Duration post{};        // how long after that P still had writes to submit, as P says
+  Duration wire{};        // how long P wrote in all, as P says
   TimePoint sealed;       // the seal arrived
   TimePoint committed;
+  uint64_t bytes = 0;  // that were sealed
+  uint32_t pieces = 0;
 };
 
 // Who asked for the import. Control thread.

@@ -16,7 +16,10 @@ namespace {
 class Prefill final : public PrefillCall, public std::enable_shared_from_this<Prefill> {
  public:
   Prefill(WorkerContext* context, std::shared_ptr<CallStream<rpc::PrefillEvent>> stream)
-      : context_(context), active_(context->active), stream_(std::move(stream)), ticket_(&context->metrics) {}
+      : context_(context),
+        active_(context->active),
+        stream_(std::move(stream)),
+        ticket_(&context->metrics.exports()) {}
 
   void OnCommand(const rpc::PrefillCommand& command) override;
   void Abort(const Status& status) override { End(status); }
@@ -56,8 +59,10 @@ class Prefill final : public PrefillCall, public std::enable_shared_from_this<Pr
   bool computing_ = false;  // the engine has the request
   engine::RequestId id_ = 0;
   TimePoint begun_;
-  TimePoint token_at_;      // when the first token was there
-  TimePoint submitted_at_;  // the last write
+  TimePoint token_at_;            // when the first token was there
+  TimePoint first_submitted_at_;  // a write
+  TimePoint submitted_at_;        // the last write
+  Span span_;
   TimePoint deadline_ = kNoDeadline;
   int32_t priority_ = 0;
   int32_t num_tokens_ = 0;
@@ -142,6 +147,8 @@ Status Prefill::OnStart(const rpc::PrefillCommand::Start& start) {
   MR_RETURN_IF_ERROR(CheckStart(start));
   started_ = true;
   begun_ = context_->control.Now();
+  span_ = BeginSpan(context_->options.spans, TraceFromProto(start.request()),
+                    "millrace.worker.v1.Worker/Prefill", SpanKind::kServer, begun_);
   MR_ASSIGN_OR_RETURN(engine::EngineRequest request,
                       RequestFromProto(start.request(), context_->NextId(), begun_));
   MR_RETURN_IF_ERROR(context_->Constrain(&request.sampling));
@@ -231,6 +238,7 @@ Status Prefill::Submit(const Run& run) {
   write.priority = priority_;
   if (ticket_.state() == TicketState::kGranted) ticket_.MoveTo(TicketState::kStreaming);
   submitted_at_ = context_->control.Now();
+  if (first_submitted_at_ == TimePoint{}) first_submitted_at_ = submitted_at_;
   return context_->transfer->Submit(peer_, std::move(write), [self = shared_from_this(), run](Status status) {
     self->context_->control.Post([self, run, status] { self->OnWritten(run, status); });
   });
@@ -288,6 +296,10 @@ void Prefill::OnToken(const engine::TokenEvent& event) {
   context_->speed.OnPrefill(num_tokens_ - event.cached_tokens, begun_, context_->control.Now());
   token_sent_ = true;
   token_at_ = context_->control.Now();
+  Span prefill = span_.Child("prefill", SpanKind::kInternal, begun_);
+  prefill.Set("millrace.prompt_tokens", int64_t{num_tokens_});
+  prefill.Set("millrace.cached_tokens", int64_t{event.cached_tokens});
+  prefill.End(token_at_, OkStatus());
   rpc::PrefillEvent message;
   TokenToProto(event, message.mutable_first_token());
   stream_->Write(std::move(message));
@@ -308,6 +320,8 @@ void Prefill::SealWhenComplete() {
   seal->set_digest(digest_);
   const Duration post = std::max(submitted_at_, token_at_) - token_at_;
   seal->set_post_us(std::chrono::duration_cast<std::chrono::microseconds>(post).count());
+  const Duration wire = context_->control.Now() - first_submitted_at_;
+  seal->set_wire_us(std::chrono::duration_cast<std::chrono::microseconds>(wire).count());
   stream_->Write(std::move(message));
   ticket_.MoveTo(TicketState::kSealed);
   End(OkStatus());
@@ -319,6 +333,14 @@ void Prefill::End(const Status& status) {
   if (ended_) return;
   ended_ = true;
   waiting_.clear();
+  const TimePoint now = context_->control.Now();
+  if (first_submitted_at_ != TimePoint{}) {
+    Span transfer = span_.Child("kv_transfer", SpanKind::kInternal, first_submitted_at_);
+    transfer.Set("millrace.bytes", static_cast<int64_t>(pieces_written_ * context_->layout.piece_bytes()));
+    transfer.Set("millrace.pieces", int64_t{pieces_written_});
+    transfer.End(now, status);
+  }
+  span_.End(now, status);
   std::erase(context_->calls, this);
   context_->metrics.OnRequest("prefill", status);
   if (ticket_.state() == TicketState::kSealed) {

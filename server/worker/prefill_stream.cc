@@ -71,6 +71,8 @@ class ClientStream final : public PrefillStream,
 
 class Dialer final : public PrefillDialer {
  public:
+  explicit Dialer(std::shared_ptr<grpc::ChannelCredentials> credentials)
+      : channels_(std::move(credentials)) {}
   std::shared_ptr<PrefillStream> Open(WorkerContext* context, const std::string& address, TimePoint deadline,
                                       rpc::PrefillCommand start,
                                       std::shared_ptr<PrefillStreamObserver> observer) override {
@@ -80,11 +82,13 @@ class Dialer final : public PrefillDialer {
   }
 
  private:
-  ChannelPool channels_{grpc::InsecureChannelCredentials()};
+  ChannelPool channels_;
 };
 
 }  // namespace
 
-std::unique_ptr<PrefillDialer> MakePrefillDialer() { return std::make_unique<Dialer>(); }
+std::unique_ptr<PrefillDialer> MakePrefillDialer(std::shared_ptr<grpc::ChannelCredentials> credentials) {
+  return std::make_unique<Dialer>(std::move(credentials));
+}
 
 }  // namespace millrace::server

@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "proto/worker.pb.h"
+#include "server/rpc/peer_tls.h"
 #include "server/worker/worker_context.h"
 
 namespace millrace::server {
@@ -41,6 +42,6 @@ class PrefillDialer {
 };
 
 // Over gRPC.
-std::unique_ptr<PrefillDialer> MakePrefillDialer();
+std::unique_ptr<PrefillDialer> MakePrefillDialer(std::shared_ptr<grpc::ChannelCredentials> credentials);
 
 }  // namespace millrace::server

@@ -72,7 +72,8 @@ class RunningWorker final : public Worker {
  public:
   RunningWorker(const WorkerOptions& options, engine::Engine* engine, transfer::Transfer* transfer,
                 transfer::RegionId region)
-      : context_(options,
+      : prefill_workers_(MakePrefillDialer(options.peers.channel)),
+        context_(options,
                  {.control = &control_,
                   .digest = &digest_,
                   .heartbeat = &heartbeat_,
@@ -93,8 +94,8 @@ class RunningWorker final : public Worker {
     grpc::ServerBuilder builder;
     ConfigureServer(&builder);
     builder.RegisterService(&service_);
-    MR_ASSIGN_OR_RETURN(server_, StartServer(&builder, context_.options.listen,
-                                             grpc::InsecureServerCredentials(), &address_));
+    MR_ASSIGN_OR_RETURN(
+        server_, StartServer(&builder, context_.options.listen, context_.options.peers.server, &address_));
     SetHealthy();
     control_answered_ = Now();
     context_.heartbeat.Post([this] { Look(); });
@@ -164,7 +165,7 @@ class RunningWorker final : public Worker {
     context_.heartbeat.PostAt(now + kLookEvery, [this] { Look(); });
   }
 
-  const std::unique_ptr<PrefillDialer> prefill_workers_ = MakePrefillDialer();
+  const std::unique_ptr<PrefillDialer> prefill_workers_;
   WorkerContext context_;
   Service service_;
   std::unique_ptr<grpc::Server> server_;

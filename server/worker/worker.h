@@ -10,6 +10,8 @@
 #include "engine/core/engine.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "server/router/router.h"
+#include "server/rpc/peer_tls.h"
+#include "server/trace/span.h"
 #include "transfer/transfer.h"
 
 namespace millrace::server {
@@ -25,7 +27,9 @@ struct WorkerOptions {
   // aborted, so that it goes on elsewhere, and it is not ready until a step ends. Longer than the slowest
   // step there is.
   Duration stall_max = std::chrono::seconds(60);
+  PeerCredentials peers;       // of gateways and other workers
   Metrics* metrics = nullptr;  // may be null; outlives the worker
+  SpanSink* spans = nullptr;   // likewise
   const engine::Tokenizer* tokenizer =
       nullptr;  // for constrained answers, which are refused without; outlives it
 };

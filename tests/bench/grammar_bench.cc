@@ -2,6 +2,7 @@
 // plain draw.
 //
 //   build/release/tests/bench/grammar_bench deploy/models/ling-tiny
+//   tests/bench/large_vocabulary.py /tmp/large && build/release/tests/bench/grammar_bench /tmp/large
 //
 // Answers are drawn at random under the mask. The limit shown is the time to read and write one row of logits
 // from memory at 10 GB/s, which any mask has to do.
@@ -35,6 +36,25 @@ double Percentile99(std::vector<double> values) {
   if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
   return values[values.size() * 99 / 100];
+}
+
+// What a form of many fields asks for: 60 objects of seven fields each.
+std::string LargeSchema() {
+  std::string values;
+  for (int i = 0; i < 20; ++i) values += fmt::format("{}\"choice number {}\"", i == 0 ? "" : ",", i);
+  const std::string fields = R"({"type":"object","properties":{"name":{"type":"string","maxLength":40},
+      "kind":{"enum":[)" + values +
+                             R"(]},"count":{"type":"integer","minimum":0,"maximum":100000},
+      "when":{"type":"string","format":"date-time"},"id":{"type":"string","format":"uuid"},
+      "tags":{"type":"array","items":{"type":"string","maxLength":20},"maxItems":5},
+      "ratio":{"type":["number","null"]}},"required":["name","kind","count","when","id","tags"]})";
+  std::string properties, required;
+  for (int i = 0; i < 60; ++i) {
+    properties += fmt::format("{}\"field_{}\":{}", i == 0 ? "" : ",", i, fields);
+    required += fmt::format("{}\"field_{}\"", i == 0 ? "" : ",", i);
+  }
+  return R"({"type":"json_schema","schema":{"type":"object","properties":{)" + properties +
+         R"(},"required":[)" + required + "]}}";
 }
 
 const std::pair<const char*, const char*> kConstraints[] = {
@@ -118,5 +138,8 @@ int main(int argc, char** argv) {
   fmt::print("{} tokens, trie of {} nodes in {:.0f} us\n", (*tokenizer)->size(), trie.num_nodes(),
              engine::Microseconds(std::chrono::steady_clock::now() - begin));
   for (const auto& [name, constraint] : engine::kConstraints) engine::Measure(**tokenizer, name, constraint);
+  const std::string large = engine::LargeSchema();
+  fmt::print("large schema: {} bytes\n", large.size());
+  engine::Measure(**tokenizer, "large schema", large.c_str());
   return 0;
 }

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Many streams through one gateway, and the same through nginx in front of it.
 
-    tests/bench/streams.py [--streams 1000] [--slow 200] [--step-ms 200] [--tokens 60] [--repeats 3] [--json FILE]
+    tests/bench/streams.py [--streams 1000] [--slow 200] [--step-ms 200] [--workers 1] [--tokens 60] [--repeats 3] [--json FILE]
 
 A null_worker draws one token for every stream at the same instant, which is the hardest case there is: the age of the last
-one to arrive is the work of all the others. Age is from the end of the step to the reader, CPU time is user and system per
+one to arrive is the work of all the others. With --workers N the streams are spread over N workers, whose steps end one after the
+other, as those of a fleet do. Age is from the end of the step to the reader, CPU time is user and system per
 token. nginx (Debian's nginx-light; left out, and said, when it is not installed) passes the bytes on unbuffered: what it adds is
 what any proxy costs, the gateway's own share makes the bytes as well. MILLRACE_BIN names the binary.
 """
@@ -62,8 +63,8 @@ def spread(values, form="{:.1f}"):
 
 def table(name, reports):
     connections = reports[0]["streams"] + reports[0]["slow"]
-    print(f"\n{name}: {reports[0]['streams']} streams, {reports[0]['slow']} slow readers, a token each per {reports[0]['step_ms']:.0f} ms;"
-          f" median (least .. most) of {len(reports)} runs")
+    print(f"\n{name}: {reports[0]['streams']} streams, {reports[0]['slow']} slow readers, {reports[0]['workers']} workers, a token each per"
+          f" {reports[0]['step_ms']:.0f} ms; median (least .. most) of {len(reports)} runs")
     for quantile in ("p50", "p99", "max"):
         print(f"  age on arrival, {quantile:4} ms   {spread([r['age_ms'][quantile] for r in reports])}")
     print(f"  steps that a stream missed {spread([r['steps_missed'] for r in reports], '{:.0f}')}")
@@ -80,6 +81,7 @@ def main():
     parser.add_argument("--slow", type=int, default=200)
     parser.add_argument("--slow-rate", type=int, default=1000)
     parser.add_argument("--step-ms", type=float, default=200)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--http-threads", type=int, default=1)
@@ -92,7 +94,7 @@ def main():
     for _ in range(args.repeats):
         for way in ways:  # side by side, and every time with fresh processes: memory is from the start
             with tempfile.TemporaryDirectory() as directory:
-                cluster = NullCluster(directory, args.step_ms, ["--http-threads", args.http_threads])
+                cluster = NullCluster(directory, args.step_ms, args.workers, ["--http-threads", args.http_threads])
                 nginx = None
                 try:
                     nginx = Nginx(directory, cluster.gateway.address) if way == "nginx" else None

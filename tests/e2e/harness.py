@@ -102,7 +102,7 @@ def start_all(starts):
 class Cluster:
     """Roles apart: prefill workers, decode workers, one gateway."""
 
-    def __init__(self, log_dir, model, prefill=1, decode=1, rails=(), kv_memory="64MiB", worker_args=()):
+    def __init__(self, log_dir, model, prefill=1, decode=1, rails=(), kv_memory="64MiB", worker_args=(), gateway_args=()):
         self.log_dir = log_dir
         rail_args = [flag for rail in rails for flag in ("--rail", rail)]
         self.workers = {"prefill": [], "decode": []}
@@ -125,6 +125,7 @@ class Cluster:
             for role in ("prefill", "decode"):
                 for process in self.workers[role]:
                     args += [f"--{role}", process.address]
+            args += gateway_args
             self.gateway = Process(log_dir, "gateway", args).wait_started()
             self.address = self.gateway.address
             wait_ready(self.address)

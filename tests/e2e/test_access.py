@@ -12,27 +12,11 @@ import openai
 import pytest
 
 import harness
+from certificates import make_certificate
 
 CHAT = "/v1/chat/completions"
 BODY = {"prompt": "hi", "max_tokens": 1}
 ALICE, BOB, CAROL = "sk-alice-0123456789", "sk-bob-9876543210", "sk-carol-5555555555"
-
-
-def make_certificate(directory, name, days=30, issuer=None):
-    """A key and a certificate for localhost; signed by itself, or by the `issuer` made before."""
-    key, cert = directory / f"{name}.key", directory / f"{name}.pem"
-    command = ["openssl", "req", "-x509" if issuer is None else "-new", "-newkey", "ec", "-pkeyopt",
-               "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-subj", f"/CN={name}"]
-    if issuer is None:
-        command += ["-out", cert, "-days", days, "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-        subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    else:
-        request = directory / f"{name}.csr"
-        subprocess.run(list(map(str, command + ["-out", request])), check=True, capture_output=True)
-        subprocess.run(list(map(str, ["openssl", "x509", "-req", "-in", request, "-CA", directory / f"{issuer}.pem", "-CAkey",
-                                      directory / f"{issuer}.key", "-CAcreateserial", "-out", cert, "-days", days])),
-                       check=True, capture_output=True)
-    return key, cert
 
 
 def start(logs, name, model, *args):
@@ -214,6 +198,38 @@ def test_tls(logs, model, tmp_path):
         cert.write_text("nonsense")
         harness.wait_until(lambda: "the old keys and certificates stay" in process.output(), 10, "the complaint")
         assert answers()
+    finally:
+        assert process.stop() == 0, process.output()[-4000:]
+
+
+def test_an_expired_certificate_of_the_server(logs, model, tmp_path):
+    """It is said in the log, and clients refuse it and are told why, until there is a new one."""
+    make_certificate(tmp_path, "ca")
+    key, cert = make_certificate(tmp_path, "server", days=-1, issuer="ca")
+    process = start(logs, "expired-server", model, "--tls-cert", cert, "--tls-key", key)
+
+    def live():
+        context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+        connection = http.client.HTTPSConnection(process.address, context=context, timeout=20)
+        try:
+            connection.request("GET", "/live")
+            return connection.getresponse().status == 200
+        finally:
+            connection.close()
+
+    try:
+        assert f"TLS certificate {cert} expired on " in process.output()
+        with pytest.raises(ssl.SSLCertVerificationError, match="certificate has expired"):
+            live()
+        for file, made in zip((key, cert), make_certificate(tmp_path, "renewed", issuer="ca")):
+            os.replace(made, file)
+
+        def answers():
+            try:
+                return live()
+            except ssl.SSLError:
+                return False
+        harness.wait_until(answers, 10, "the renewed certificate")
     finally:
         assert process.stop() == 0, process.output()[-4000:]
 

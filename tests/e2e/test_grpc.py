@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import harness
+from certificates import make_certificate
 
 KEY = "sk-grpc-0123456789"
 WEATHER = {"type": "object", "properties": {"city": {"type": "string", "description": "Name of the city"}}, "required": ["city"]}
@@ -241,13 +243,6 @@ def test_the_load_tester_speaks_it(served, tmp_path):
     assert done.returncode == 1 and "nonsense" in done.stdout
 
 
-def make_certificate(directory, name):
-    key, certificate = directory / "key.pem", directory / "cert.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "1", "-subj",
-                    f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
-    return key, certificate
-
-
 def test_keys_and_tls(api, logs, model, tmp_path):
     pb, stubs = api
     key, certificate = make_certificate(tmp_path, "first")
@@ -273,10 +268,11 @@ def test_keys_and_tls(api, logs, model, tmp_path):
         with grpc.insecure_channel(served.grpc_address) as channel:
             error, _ = refused(lambda: stubs.ChatStub(channel).Complete(request, timeout=5))
             assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        _, other = make_certificate(tmp_path, "second")  # both files are replaced, in this order
+        for file, made in zip((key, certificate), make_certificate(tmp_path, "second")):
+            os.replace(made, file)
 
         def speaks_the_new_one():
-            with grpc.secure_channel(served.grpc_address, grpc.ssl_channel_credentials(other.read_bytes())) as channel:
+            with grpc.secure_channel(served.grpc_address, grpc.ssl_channel_credentials(certificate.read_bytes())) as channel:
                 try:
                     return stubs.ChatStub(channel).Complete(request, metadata=(("x-api-key", KEY),), timeout=5).id
                 except grpc.RpcError:

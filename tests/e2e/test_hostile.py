@@ -5,12 +5,11 @@ import json
 import os
 import socket
 import ssl
-import subprocess
 
 import pytest
 
 import harness
-from test_access import make_certificate
+from certificates import make_certificate
 from test_bad_input import check_error, connect, read_all, split_answer
 
 TEXT = "/v1/completions"
@@ -120,25 +119,12 @@ def test_smuggled_lengths(served):
         check_error(text)
 
 
-def expired_certificate(directory, name, issuer):
-    """As make_certificate, valid on one day of 2020."""
-    key, cert = make_certificate(directory, name, issuer=issuer)
-    (directory / "index").write_text("")
-    (directory / "serial").write_text("01\n")
-    (directory / "ca.cnf").write_text(f"""[ca]\ndefault_ca = a\n[a]\ndatabase = {directory}/index\nserial = {directory}/serial
-new_certs_dir = {directory}\ndefault_md = sha256\npolicy = p\n[p]\ncommonName = supplied\n""")
-    subprocess.run(list(map(str, ["openssl", "ca", "-batch", "-notext", "-config", directory / "ca.cnf", "-in", directory / f"{name}.csr",
-                                  "-cert", directory / f"{issuer}.pem", "-keyfile", directory / f"{issuer}.key", "-startdate",
-                                  "20200101000000Z", "-enddate", "20200102000000Z", "-out", cert])), check=True, capture_output=True)
-    return key, cert
-
-
 def test_expired_certificates(logs, model, tmp_path):
     """A client whose certificate has expired does not get past the handshake; one whose certificate is valid does."""
     key, cert = make_certificate(tmp_path, "server")
     make_certificate(tmp_path, "ca")
     good = make_certificate(tmp_path, "client", issuer="ca")
-    old = expired_certificate(tmp_path, "old", "ca")
+    old = make_certificate(tmp_path, "old", days=-1, issuer="ca")
     process = start(logs, "expired", model, "--tls-cert", cert, "--tls-key", key, "--tls-client-ca", tmp_path / "ca.pem")
 
     def ask(client):

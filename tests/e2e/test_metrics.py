@@ -13,6 +13,7 @@ import harness
 
 REQUESTS = 6
 TOKENS = 5
+PROMPTS = [300 + 70 * i for i in range(REQUESTS - 1)] + [200]  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def watched(logs, long_model, make_prompt):
     directory.mkdir()
     cluster = harness.Cluster(directory, long_model)
     for i in range(REQUESTS - 1):
-        harness.complete(cluster.address, make_prompt(300 + 70 * i, i), max_tokens=TOKENS, ignore_eos=True)
-    list(harness.stream(cluster.address, {"prompt": make_prompt(200, 9), "max_tokens": TOKENS, "ignore_eos": True}))
+        harness.complete(cluster.address, make_prompt(PROMPTS[i], i), max_tokens=TOKENS, ignore_eos=True)
+    list(harness.stream(cluster.address, {"prompt": make_prompt(PROMPTS[-1], 9), "max_tokens": TOKENS, "ignore_eos": True}))
     assert harness.request(cluster.address, "POST", "/v1/completions", {})[0] == 400
     # A request's end is counted after its last byte.
     harness.wait_until(lambda: harness.metric(cluster.address, "millrace_requests_total", outcome="ok") == REQUESTS, 30, "counted")
@@ -61,13 +62,41 @@ def test_what_the_gateway_counted(watched):
     assert seconds["compute"] > 0 and seconds["commit"] > 0
 
 
+def test_what_came_from_which_peer(watched, long_model):
+    """On the decode worker, by prefill worker; and the queues of both, empty now."""
+    decode, prefill = (watched.workers[role][0] for role in ("decode", "prefill"))
+    config = json.loads((long_model / "config.json").read_text())
+    layers = config["num_hidden_layers"] + config["num_nextn_predict_layers"]
+    value = lambda name: harness.metric(decode.metrics_address, name, peer=prefill.address)  # noqa: E731
+    for name in ("wire_seconds", "post_seconds", "bytes", "pieces"):
+        assert value(f"millrace_kv_{name}_count") == REQUESTS, name
+    assert value("millrace_kv_pieces_sum") == layers * sum(-(-tokens // 64) for tokens in PROMPTS)
+    assert value("millrace_kv_bytes_sum") == harness.metric(prefill.metrics_address, "millrace_worker_transfer_bytes_total") > 0
+    assert value("millrace_kv_wire_seconds_sum") > 0 == value("millrace_kv_failures_total")
+    for worker, queues in ((prefill, ("prefill_prealloc", "prefill_inflight")), (decode, ("decode_prealloc", "decode_transfer"))):
+        page = harness.request(worker.metrics_address, "GET", "/metrics")[2]
+        for queue in queues:
+            assert re.search(rf'^millrace_worker_queue\{{queue="{queue}"\}} 0$', page, re.M), queue
+
+
+def test_pairs_can_be_compared(watched, long_model):
+    told = {}
+    for role, (_, page) in pages(watched).items():
+        (labels,) = re.findall(r"^millrace_build_info\{(.*)\} 1$", page, re.M)
+        told[role] = dict(re.findall(r'(\w+)="(.*?)"', labels))
+    assert all(info["version"] for info in told.values()) and [told[role]["role"] for role in told] == list(told)
+    for label in ("model", "model_digest", "kv_layout", "protocol"):
+        assert told["prefill"][label] == told["decode"][label] != "", label
+    assert re.fullmatch("[0-9a-f]{16}", told["decode"]["kv_layout"]) and told["decode"]["model"] == long_model.name
+
+
 def test_names_are_as_prometheus_wants_them(watched):
     """promtool on our own names; vLLM's have colons, which it takes for recording rules."""
     promtool = shutil.which("promtool")
     assert promtool, "promtool is missing: deploy/packages --tests installs it"
     for role, (_, page) in pages(watched).items():
         # The exposer of prometheus-cpp tells of itself in microseconds.
-        ours = "".join(line + "\n" for line in page.splitlines() if not re.search(r"\b(vllm:|exposer_)", line))
+        ours = "".join(line + "\n" for line in page.splitlines() if not re.search(r"\b(vllm:|sglang:|exposer_)", line))
         done = subprocess.run([promtool, "check", "metrics"], input=ours, capture_output=True, text=True)
         assert done.returncode == 0, f"{role}: {done.stdout}{done.stderr}"
         assert re.search(rf'^millrace_build_info\{{.*role="{role}".*\}} 1$', page, re.M), role
@@ -75,10 +104,15 @@ def test_names_are_as_prometheus_wants_them(watched):
 
 VLLM_ON_WORKERS = ["num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "prefix_cache_queries_total",
                    "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total", "num_preemptions_total",
-                   "iteration_tokens_total_count", "cache_config_info"]
+                   "iteration_tokens_total_count", "cache_config_info", "spec_decode_num_drafts_total",
+                   "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+                   "spec_decode_num_accepted_tokens_per_pos_total"]
+VLLM_ON_DECODE = [*VLLM_ON_WORKERS, "nixl_xfer_time_seconds_count", "nixl_post_time_seconds_count", "nixl_bytes_transferred_sum",
+                  "nixl_num_descriptors_sum"]
 VLLM_ON_GATEWAY = ["time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count",
                    "request_time_per_output_token_seconds_count", "request_queue_time_seconds_count", "request_prefill_time_seconds_count",
-                   "request_decode_time_seconds_count", "request_prompt_tokens_sum", "request_generation_tokens_sum", "request_success_total"]
+                   "request_decode_time_seconds_count", "request_inference_time_seconds_count", "request_prompt_tokens_sum",
+                   "request_generation_tokens_sum", "request_max_num_generation_tokens_sum", "request_success_total"]
 
 
 def test_prometheus_scrapes_all_roles(watched, long_model, tmp_path):
@@ -107,10 +141,16 @@ def test_prometheus_scrapes_all_roles(watched, long_model, tmp_path):
         up = lambda: {labels["job"] for labels, value in query("up") if value == 1} == set(targets)  # noqa: E731
         harness.wait_until(up, 60, "every role is scraped", interval=0.2)
         model = long_model.name
-        for job, names in (("decode", VLLM_ON_WORKERS), ("prefill", VLLM_ON_WORKERS), ("gateway", VLLM_ON_GATEWAY)):
+        for job, names in (("decode", VLLM_ON_DECODE), ("prefill", VLLM_ON_WORKERS), ("gateway", VLLM_ON_GATEWAY)):
             for name in names:
                 found = query(f'{{__name__="vllm:{name}",job="{job}",model_name="{model}",engine="0"}}')
                 assert found, f"{job}: vllm:{name}"
+        for job, queues in (("prefill", ("prefill_prealloc", "prefill_inflight")), ("decode", ("decode_prealloc", "decode_transfer"))):
+            for queue in queues:
+                assert query(f'{{__name__="sglang:num_{queue}_queue_reqs",job="{job}"}}'), queue
+        assert query('http_requests_total{handler="/v1/completions",method="POST",status="400"}')[0][1] == 1
+        for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "request_duration_seconds"):
+            assert query(f'gen_ai_server_{name}_count{{gen_ai_request_model="{model}"}}')[0][1] == REQUESTS, name
         # Two names of one thing.
         for ours, theirs in (('millrace_engine_output_tokens_total{job="decode"}', 'vllm:generation_tokens_total{job="decode"}'),
                              ("millrace_request_output_tokens_sum", "vllm:request_generation_tokens_sum"),

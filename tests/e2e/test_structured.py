@@ -10,6 +10,7 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+import tokenizers
 
 import harness
 
@@ -85,6 +86,39 @@ def test_choice_regex_grammar(server):
     assert text["text"] in ("yes", "no") and text["finish_reason"] == "stop"
 
 
+def thinking(model):
+    """What makes the demo model, which has not learnt to think, come to the end of its thoughts: the tag's tokens, favoured."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    ids = tokenizer.encode("</think>\n\n", add_special_tokens=False).ids
+    return {"chat_template_kwargs": {"enable_thinking": True}, "logit_bias": {str(i): 14 for i in ids}}
+
+
+@pytest.mark.parametrize("name", ["person", "enums", "tree"])
+def test_thoughts_come_first(server, model, name):
+    """The constraint holds from the end of the thoughts on, and there is one."""
+    schema = SCHEMAS[name]
+    fields = dict(response_format=response_format(schema), max_tokens=1500, **thinking(model))
+    for seed in range(SEEDS):
+        choice = ask(server.address, seed=seed, **fields)
+        assert choice["finish_reason"] == "stop", choice
+        assert choice["message"]["reasoning_content"] and "</think>" not in choice["message"]["reasoning_content"]
+        jsonschema.validate(json.loads(choice["message"]["content"]), schema, format_checker=jsonschema.FormatChecker())
+    streamed = "".join(e["choices"][0]["delta"].get("content") or "" for e in harness.stream(
+        server.address, {"messages": ASK, "temperature": 1.8, "seed": seed, **fields}, CHAT) if e["choices"])
+    assert streamed == choice["message"]["content"]
+
+
+def test_thoughts_before_forced_tools(server, model):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {
+        k: {"type": "integer", "minimum": 0, "maximum": 99} for k in "ab"}, "required": ["a", "b"]}}}
+    for seed in range(3):
+        choice = ask(server.address, tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=seed, max_tokens=1500,
+                     **thinking(model))
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and choice["message"]["reasoning_content"]
+        jsonschema.validate(json.loads(call["function"]["arguments"]), tool["function"]["parameters"])
+
+
 def test_the_official_client_parses(server, model):
     class Step(pydantic.BaseModel):
         explanation: str = pydantic.Field(max_length=12)
@@ -145,27 +179,33 @@ def test_refusals_name_the_field(server, fields, param, words):
     assert (status, error["param"]) == (400, param) and words in error["message"], error
 
 
-def test_across_workers_and_a_death(logs, long_model):
+@pytest.mark.parametrize("thoughts", [False, True])
+def test_across_workers_and_a_death(logs, long_model, thoughts):
     """The same constrained answer from one process and from roles apart; then the decode worker that makes it is killed, and
-    another one goes on inside the same grammar."""
-    directory = logs / "structured"
+    another one goes on inside the same grammar: in the answer, or in the thoughts before it."""
+    directory = logs / f"structured-{thoughts}"
     directory.mkdir()
     cluster = harness.Cluster(directory, long_model, prefill=1, decode=2)
     try:
         schema = {"type": "array", "items": SCHEMAS["person"], "minItems": 25, "maxItems": 25}
         body = {"messages": ASK, "temperature": 1.2, "seed": 11, "max_tokens": 4000, "response_format": response_format(schema)}
+        if thoughts:
+            body.update(thinking(long_model), seed=4)
         whole = harness.post(cluster.address, CHAT, body)["choices"][0]
         assert whole["finish_reason"] == "stop"
         jsonschema.validate(json.loads(whole["message"]["content"]), schema)
-        pieces, killed = [], False
+        pieces, reasoning, killed = [], [], False
         for event in harness.stream(cluster.address, body, CHAT):
             if event["choices"]:
                 pieces.append(event["choices"][0]["delta"].get("content") or "")
-            if not killed and sum(map(len, pieces)) > 200:
+                reasoning.append(event["choices"][0]["delta"].get("reasoning_content") or "")
+            if not killed and (sum(map(len, reasoning)) > 10 if thoughts else sum(map(len, pieces)) > 200):
+                assert not (thoughts and any(pieces))
                 busy = [w for w in cluster.workers["decode"] if harness.metric(w.metrics_address, "millrace_engine_running") > 0]
                 assert len(busy) == 1
                 busy[0].kill()
                 killed = True
         assert killed and "".join(pieces) == whole["message"]["content"]
+        assert "".join(reasoning) == (whole["message"].get("reasoning_content") or "")
     finally:
         cluster.stop(check=False)

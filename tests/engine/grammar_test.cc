@@ -94,6 +94,32 @@ TEST(GrammarTest, MatchesGbnf) {
   });
 }
 
+TEST(GrammarTest, MatchesAfterThinking) {
+  const std::string thinking = R"({"thinking":true,"type":"choice","choices":["yes","no"]})";
+  const std::string gbnf =
+      R"({"thinking":true,"type":"grammar","grammar":"root ::= \"(\" root \")\" | \"x\""})";
+  Check({{thinking,
+          {"</think>yes", "\n<think>\nWell, é 語 < 3 </ think> <</thin</</think>\n\nno", "a</think>\nyes",
+           "<<</think>yes", "</thin</think>yes", "<think></think>no"},
+          {"yes", "", "</think>", "a</think>maybe", "a</think>yes</think>yes", "a</think>\n\n\nyes",
+           "a</think >yes", "\xff</think>yes", "</think></think>yes"}},
+         {gbnf, {"a</think>x", "a</think>((x))"}, {"x", "a</think>(x", "a</think>(a</think>x)"}},
+         {R"({"thinking":false,"type":"choice","choices":["yes","no"]})", {"yes"}, {"</think>yes"}}});
+  // The reference: the constraint holds from behind the first end of thinking.
+  const auto automaton = Compile(thinking);
+  ASSERT_TRUE(automaton.ok());
+  const char* const pieces[] = {"</think>", "</", "<", "think", ">", "yes", "no", "a", "/think>", "\n"};
+  Random random(7);
+  for (int round = 0; round < 20'000; ++round) {
+    std::string text;
+    for (uint64_t i = random.Below(8); i > 0; --i) text += pieces[random.Below(std::size(pieces))];
+    const size_t end = text.find("</think>");
+    std::string answer = end == std::string::npos ? "" : text.substr(end + 8);
+    for (int i = 0; i < 2 && answer.starts_with("\n"); ++i) answer.erase(0, 1);
+    ASSERT_EQ(Matches(**automaton, text), answer == "yes" || answer == "no") << text;
+  }
+}
+
 TEST(GrammarTest, MatchesJson) {
   const std::string object = R"({"type":"json_object"})";
   Check(
@@ -239,6 +265,7 @@ const char* const kMaskSchemas[] = {
         "maxItems":3}},"required":["name","tags"]}})",
     R"({"type":"regex","pattern":"[A-Z][a-z]{1,8}( [a-z]{1,8}){0,3}[.!?]"})",
     R"({"type":"choice","choices":["positive","negative","neutral"]})",
+    R"({"type":"choice","choices":["positive","negative","neutral"],"thinking":true})",
     R"({"type":"grammar","grammar":"root ::= term ((\"+\" | \"*\") term)*\nterm ::= [0-9]{1,4} | \"(\" root \")\""})",
 };
 
@@ -310,6 +337,36 @@ TEST(GrammarMaskTest, IsAFunctionOfTheOutputAlone) {
     const auto b = (*fresh)->After(prefix);
     ASSERT_TRUE(std::equal(a.tokens.begin(), a.tokens.end(), b.tokens.begin(), b.tokens.end()));
     ASSERT_EQ(a.may_end, b.may_end);
+  }
+}
+
+TEST(GrammarMaskTest, HoldsFromTheEndOfThinkingOn) {
+  const Tokenizer& tokenizer = DemoTokenizer();
+  GrammarCache cache(tokenizer);
+  const std::string schema =
+      R"("type":"json_schema","schema":{"type":"object","required":["a"],"properties":{"a":{"const":1}}}})";
+  auto plain = cache.MaskFor("{" + schema);
+  auto thinking = cache.MaskFor(R"({"thinking":true,)" + schema);
+  ASSERT_TRUE(plain.ok() && thinking.ok());
+  const auto reasoning = *tokenizer.Encode("\n<think>\nLet me see: </thin, {\"a\":2}.\n</think>");
+  for (size_t i = 0; i < reasoning.size(); ++i) {
+    const auto allowed = (*thinking)->After(std::span(reasoning).first(i));
+    EXPECT_FALSE(allowed.may_end) << "the answer has not begun";
+    const auto next = static_cast<size_t>(reasoning[i]);
+    EXPECT_TRUE(allowed.tokens[next / 64] >> (next % 64) & 1U) << i;
+  }
+  auto output = reasoning;
+  const auto answer = *tokenizer.Encode("{\"a\": 1}");
+  for (size_t i = 0; i <= answer.size(); ++i) {
+    const auto a = (*thinking)->After(output);
+    const std::vector<uint64_t> tokens(a.tokens.begin(), a.tokens.end());
+    const auto b = (*plain)->After(std::span(answer).first(i));
+    // Directly behind the tag its line may end first.
+    if (i > 0) {
+      EXPECT_TRUE(std::equal(tokens.begin(), tokens.end(), b.tokens.begin(), b.tokens.end())) << i;
+    }
+    EXPECT_EQ(a.may_end, b.may_end) << i;
+    if (i < answer.size()) output.push_back(answer[i]);
   }
 }
 

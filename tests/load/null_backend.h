@@ -1,6 +1,6 @@
 #pragma once
-// A backend that does no maths and keeps time: every step ends at a multiple of the step time on the steady
-// clock, and its token says which. So whoever reads a token knows how long ago it was there to be sent.
+// A backend that does no maths and keeps time: every step ends at a tick of the steady clock, and its token
+// says which. So whoever reads a token knows how long ago it was there to be sent.
 
 #include <chrono>
 #include <thread>
@@ -14,9 +14,10 @@ namespace millrace::engine {
 
 class NullBackend final : public Backend {
  public:
-  // In the step that ends at tick k = time / `step` every sequence draws tokens[k % tokens.size()].
-  NullBackend(ModelConfig config, int32_t num_pages, int32_t rows_max, Duration step,
-              std::vector<int32_t> tokens)
+  // Ticks are `tick` apart; steps end at every one whose number modulo `every` is `phase`. In the step that
+  // ends at tick k every sequence draws tokens[k % tokens.size()].
+  NullBackend(ModelConfig config, int32_t num_pages, int32_t rows_max, Duration tick, int64_t every,
+              int64_t phase, std::vector<int32_t> tokens)
       : config_(std::move(config)),
         layout_({.num_layers = 1,
                  .num_pages = num_pages,
@@ -25,7 +26,9 @@ class NullBackend final : public Backend {
                  .dtype = KvDType::kBf16}),
         memory_(layout_.total_bytes()),
         logits_(static_cast<size_t>(rows_max) * static_cast<size_t>(config_.vocab_size)),
-        step_(step),
+        tick_(tick),
+        every_(every),
+        phase_(phase),
         tokens_(std::move(tokens)) {}
 
   const ModelConfig& config() const override { return config_; }
@@ -34,8 +37,9 @@ class NullBackend final : public Backend {
   std::string Describe() const override { return "nothing but time"; }
 
   StatusOr<StepOutput> Forward(const Batch& batch, const LayerDone& layer_done) override {
-    const int64_t tick = std::chrono::steady_clock::now().time_since_epoch() / step_ + 1;
-    std::this_thread::sleep_until(TimePoint(step_ * tick));
+    int64_t tick = std::chrono::steady_clock::now().time_since_epoch() / tick_ + 1;
+    tick += ((phase_ - tick) % every_ + every_) % every_;
+    std::this_thread::sleep_until(TimePoint(tick_ * tick));
     layer_done(0);
     drawn_.clear();
     for (const Segment& segment : batch.segments) {
@@ -55,7 +59,9 @@ class NullBackend final : public Backend {
   std::vector<std::byte> memory_;
   std::vector<float> logits_;  // [rows_max, vocab_size], never read: every row is drawn
   std::vector<int32_t> drawn_;
-  const Duration step_;
+  const Duration tick_;
+  const int64_t every_;
+  const int64_t phase_;
   const std::vector<int32_t> tokens_;
 };
 

@@ -21,20 +21,20 @@ def program(name):
 
 
 class NullCluster:
-    """One null_worker and one gateway. `prefix` is what both are started with; `run(call)` calls where they can be reached."""
+    """One null_worker, of one or several workers, and one gateway. `prefix` is what both are started with; `run(call)` calls where they can be reached."""
 
-    def __init__(self, log_dir, step_ms, gateway_args=(), prefix=(), listen="127.0.0.1:0", run=lambda call: call()):
-        self.step_ms = step_ms
+    def __init__(self, log_dir, step_ms, workers=1, gateway_args=(), prefix=(), listen="127.0.0.1:0", run=lambda call: call()):
         log_dir = pathlib.Path(log_dir)
         self.tokens_file = log_dir / "tokens.json"
         self.log = open(log_dir / "null_worker.log", "wb")
-        self.worker = subprocess.Popen([*prefix, program("null_worker"), "--model", MODEL, "--step-ms", str(step_ms)],
+        self.worker = subprocess.Popen([*prefix, program("null_worker"), "--model", MODEL, "--step-ms", str(step_ms), "--workers",
+                                        str(workers), "--running-max", str(max(1500 // workers * 2, 64) if workers > 1 else 1500)],
                                        stdout=subprocess.PIPE, stderr=self.log, text=True)
         try:
             line = self.worker.stdout.readline()
             self.tokens_file.write_text(line)
             self.gateway = harness.Process(log_dir, "gateway", [
-                "gateway", "--model", MODEL, "--listen", listen, "--decode", json.loads(line)["address"],
+                "gateway", "--model", MODEL, "--listen", listen, *(f"--decode={address}" for address in json.loads(line)["addresses"]),
                 "--requests-max", 2000, "--queue-max", 2000, *gateway_args], prefix=prefix).wait_started()
             run(lambda: harness.wait_ready(self.gateway.address))
         except BaseException:
@@ -44,7 +44,7 @@ class NullCluster:
     def load(self, address=None, patience=120, processes=(), **options):
         """The report of one stream_load."""
         args = [program("stream_load"), "--address", address or self.gateway.address, "--tokens-file", self.tokens_file,
-                "--step-ms", self.step_ms, "--patience", patience]
+                "--patience", patience]
         for name, pid in [("gateway", self.gateway.popen.pid), ("worker", self.worker.pid), *processes]:
             args += ["--process", f"{name}={pid}"]
         for name, value in options.items():

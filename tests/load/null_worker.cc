@@ -1,9 +1,10 @@
-// null_worker: a decode worker whose model does no maths, for measuring everything around the model.
+// null_worker: decode workers whose model does no maths, for measuring everything around the model.
 //
 //   null_worker --model deploy/models/ling-tiny --step-ms 100
 //
-// The engine, the service and the protocol are the real ones; see null_backend.h for its tokens. Prints
-// {"address", "tokens": [their texts]} when it serves, and serves until SIGTERM.
+// The engine, the service and the protocol are the real ones; see null_backend.h for its tokens. Several
+// workers (--workers) end their steps one after the other, evenly. Prints {"addresses", "tick_ms", "every":
+// ticks of a step, "tokens": [their texts]} when it serves, and serves until SIGTERM.
 #include <signal.h>
 
 #include <CLI/CLI.hpp>
@@ -20,8 +21,8 @@ namespace {
 
 struct Options {
   std::string model;
-  std::string listen = "127.0.0.1:0";
   double step_ms = 100;
+  int workers = 1;
   int32_t running_max = 1500;
 };
 
@@ -39,6 +40,35 @@ std::vector<int32_t> PlainTokens(const engine::Tokenizer& tokenizer, int32_t voc
   return tokens;
 }
 
+// Members go in reverse order.
+struct NullWorker {
+  std::unique_ptr<engine::Engine> engine;
+  std::unique_ptr<transfer::Transfer> transfer;
+  std::unique_ptr<Worker> worker;
+};
+
+StatusOr<NullWorker> Start(const Options& options, const engine::ModelConfig& config,
+                           int32_t num_vocabulary_tokens, Duration tick, int phase,
+                           const std::vector<int32_t>& tokens) {
+  engine::EngineOptions engine_options;
+  engine_options.batch_tokens_max = 8 * options.running_max;
+  engine_options.running_max = options.running_max;
+  engine_options.waiting_max = options.running_max;
+  engine_options.num_vocabulary_tokens = num_vocabulary_tokens;
+  engine_options.prefix_cache = false;
+  const int32_t pages = options.running_max * engine::PagesFor(config.max_position);
+  auto backend = std::make_unique<engine::NullBackend>(
+      config, pages, options.running_max + engine::kScoredRowsMax, tick, options.workers, phase, tokens);
+  NullWorker made;
+  MR_ASSIGN_OR_RETURN(made.engine, engine::Engine::Create(engine_options, std::move(backend), nullptr));
+  MR_ASSIGN_OR_RETURN(made.transfer, transfer::Transfer::Create({}));
+  WorkerOptions service;
+  service.model_name = "null";
+  service.model_digest = "null";
+  MR_ASSIGN_OR_RETURN(made.worker, Worker::Start(service, made.engine.get(), made.transfer.get()));
+  return made;
+}
+
 Status Run(const Options& options) {
   sigset_t signals;
   sigemptyset(&signals);
@@ -53,30 +83,21 @@ Status Run(const Options& options) {
   Json said = {{"tokens", Json::array()}};
   for (const int32_t token : tokens) said["tokens"].push_back(std::string(tokenizer->Bytes(token)));
 
-  engine::EngineOptions engine_options;
-  engine_options.batch_tokens_max = 8 * options.running_max;
-  engine_options.running_max = options.running_max;
-  engine_options.waiting_max = options.running_max;
-  engine_options.num_vocabulary_tokens = tokenizer->size();
-  engine_options.prefix_cache = false;
-  const auto step =
-      std::chrono::duration_cast<Duration>(std::chrono::duration<double, std::milli>(options.step_ms));
-  const int32_t pages = options.running_max * engine::PagesFor(config.max_position);
-  auto backend = std::make_unique<engine::NullBackend>(
-      std::move(config), pages, options.running_max + engine::kScoredRowsMax, step, tokens);
-  MR_ASSIGN_OR_RETURN(const auto engine, engine::Engine::Create(engine_options, std::move(backend), nullptr));
-  MR_ASSIGN_OR_RETURN(const auto transfer, transfer::Transfer::Create({}));
-  WorkerOptions service;
-  service.listen = options.listen;
-  service.model_name = "null";
-  service.model_digest = "null";
-  MR_ASSIGN_OR_RETURN(const auto worker, Worker::Start(service, engine.get(), transfer.get()));
-  said["address"] = worker->address();
+  const double tick_ms = options.step_ms / options.workers;
+  const auto tick = std::chrono::duration_cast<Duration>(std::chrono::duration<double, std::milli>(tick_ms));
+  said["tick_ms"] = tick_ms;
+  said["every"] = options.workers;
+  std::vector<NullWorker> workers;
+  for (int phase = 0; phase < options.workers; ++phase) {
+    MR_ASSIGN_OR_RETURN(NullWorker made, Start(options, config, tokenizer->size(), tick, phase, tokens));
+    said["addresses"].push_back(made.worker->address());
+    workers.push_back(std::move(made));
+  }
   fmt::print("{}\n", DumpJson(said));
   std::fflush(stdout);
   int number = 0;
   sigwait(&signals, &number);
-  worker->Shutdown(Duration::zero());
+  for (NullWorker& made : workers) made.worker->Shutdown(Duration::zero());
   return OkStatus();
 }
 
@@ -88,11 +109,11 @@ int main(int argc, char** argv) {
   CLI::App app("A decode worker whose model does no maths");
   app.add_option("--model", options.model, "Checkpoint directory: config.json and tokenizer.json")
       ->required();
-  app.add_option("--listen", options.listen, "gRPC address")->capture_default_str();
   app.add_option("--step-ms", options.step_ms, "Time of a step")
       ->check(CLI::Range(1.0, 10000.0))
       ->capture_default_str();
-  app.add_option("--running-max", options.running_max, "Sequences")
+  app.add_option("--workers", options.workers, "How many")->check(CLI::Range(1, 200))->capture_default_str();
+  app.add_option("--running-max", options.running_max, "Sequences of each")
       ->check(CLI::Range(1, 4000))
       ->capture_default_str();
   CLI11_PARSE(app, argc, argv);

@@ -1,6 +1,6 @@
 // stream_load: many streamed completions at once against a gateway whose workers are null_workers.
 //
-//   stream_load --address 127.0.0.1:8000 --tokens-file FILE --step-ms 100 --streams 1000 --slow 200
+//   stream_load --address 127.0.0.1:8000 --tokens-file FILE --streams 1000 --slow 200
 //
 // A token says at which tick of the steady clock it was there (null_backend.h), so its age on arrival is what
 // everything between the engine and this reader added. Slow readers take --slow-rate bytes a second from
@@ -33,7 +33,6 @@ namespace {
 struct Options {
   std::string address;
   std::string tokens_file;
-  double step_ms = 100;
   int streams = 1000;
   int slow = 0;
   int tokens = 100;
@@ -94,10 +93,11 @@ struct Stream {
 
 class Load {
  public:
-  Load(const Options& options, std::vector<std::string> tokens)
+  // `tick`, `every` and `tokens` as null_worker says them.
+  Load(const Options& options, Duration tick, int64_t every, std::vector<std::string> tokens)
       : options_(options),
-        step_(
-            std::chrono::duration_cast<Duration>(std::chrono::duration<double, std::milli>(options.step_ms))),
+        tick_(tick),
+        every_(every),
         num_ticks_(static_cast<int64_t>(tokens.size())),
         buffer_(kReadBytes),
         epoll_(epoll_create1(EPOLL_CLOEXEC)) {
@@ -153,7 +153,8 @@ class Load {
     }
     return {{"streams", options_.streams},
             {"slow", options_.slow},
-            {"step_ms", options_.step_ms},
+            {"step_ms", 1e3 * Seconds(tick_ * every_)},
+            {"workers", every_},
             {"measured_seconds", Seconds(measured_to_ - measured_from_)},
             {"measured_tokens", tokens},
             {"steps_missed", steps_missed_},
@@ -258,17 +259,17 @@ class Load {
     ++stream->tokens;
     if (stream->tokens > 1) {
       const int64_t steps = ((found->second - stream->last_tick) % num_ticks_ + num_ticks_) % num_ticks_;
-      if (steps == 0 || steps > num_ticks_ / 2)
+      if (steps == 0 || steps % every_ != 0 || steps > num_ticks_ / 2)
         return DataLoss("token {} of a stream came out of order", stream->tokens);
-      if (measuring_ && !stream->slow) steps_missed_ += static_cast<uint64_t>(steps - 1);
+      if (measuring_ && !stream->slow) steps_missed_ += static_cast<uint64_t>(steps / every_ - 1);
     }
     stream->last_tick = found->second;
     if (stream->slow) return OkStatus();
     num_settled_ += stream->tokens == kSettledTokens;
     if (!measuring_) return OkStatus();
-    const int64_t tick_now = now.time_since_epoch() / step_;
+    const int64_t tick_now = now.time_since_epoch() / tick_;
     const int64_t tick = tick_now - ((tick_now - found->second) % num_ticks_ + num_ticks_) % num_ticks_;
-    ages_ms_.push_back(1e3 * Seconds(now.time_since_epoch() - step_ * tick));
+    ages_ms_.push_back(1e3 * Seconds(now.time_since_epoch() - tick_ * tick));
     return OkStatus();
   }
 
@@ -313,7 +314,8 @@ class Load {
   }
 
   const Options options_;
-  const Duration step_;
+  const Duration tick_;
+  const int64_t every_;
   const int64_t num_ticks_;
   std::unordered_map<std::string, int64_t> ticks_;
   std::map<std::string, std::string> pids_;
@@ -332,8 +334,10 @@ class Load {
 
 Status Run(const Options& options) {
   MR_ASSIGN_OR_RETURN(const std::string text, ReadFile(options.tokens_file));
-  MR_ASSIGN_OR_RETURN(const Json tokens, ParseJson(text));
-  Load load(options, tokens.at("tokens").get<std::vector<std::string>>());
+  MR_ASSIGN_OR_RETURN(const Json said, ParseJson(text));
+  const std::chrono::duration<double, std::milli> tick(said.at("tick_ms").get<double>());
+  Load load(options, std::chrono::duration_cast<Duration>(tick), said.at("every").get<int64_t>(),
+            said.at("tokens").get<std::vector<std::string>>());
   MR_RETURN_IF_ERROR(load.Run());
   fmt::print("{}\n", DumpJson(load.Report()));
   return OkStatus();
@@ -347,7 +351,6 @@ int main(int argc, char** argv) {
   CLI::App app("Many streamed completions at once");
   app.add_option("--address", options.address, "host:port of the gateway")->required();
   app.add_option("--tokens-file", options.tokens_file, "What null_worker printed")->required();
-  app.add_option("--step-ms", options.step_ms, "Its --step-ms")->capture_default_str();
   app.add_option("--streams", options.streams, "Readers that keep up")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
