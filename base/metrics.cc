@@ -17,6 +17,11 @@ prometheus::Gauge& Metrics::Gauge(const std::string& name, const std::string& he
   return prometheus::BuildGauge().Name(name).Help(help).Register(*registry_).Add(labels);
 }
 
+void Metrics::RemoveGauge(const std::string& name, const MetricLabels& labels) {
+  auto& family = prometheus::BuildGauge().Name(name).Register(*registry_);
+  family.Remove(&family.Add(labels));
+}
+
 // Add forwards what it is given to the histogram, which keeps it; clang-tidy sees no move in that.
 // NOLINTBEGIN(performance-unnecessary-value-param)
 prometheus::Histogram& Metrics::Histogram(const std::string& name, const std::string& help,

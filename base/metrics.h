@@ -15,14 +15,16 @@ namespace millrace {
 
 using MetricLabels = std::map<std::string, std::string>;
 
-// Thread-safe. References returned live as long as the registry. Asking again for the same name and labels
-// gives the same metric.
+// Thread-safe. References returned live as long as the registry, or until the gauge is removed. Asking again
+// for the same name and labels gives the same metric.
 class Metrics {
  public:
   Metrics();
   prometheus::Counter& Counter(const std::string& name, const std::string& help,
                                const MetricLabels& labels = {});
   prometheus::Gauge& Gauge(const std::string& name, const std::string& help, const MetricLabels& labels = {});
+  // Of something that is no more: nobody may hold a reference to it. Harmless when there is none.
+  void RemoveGauge(const std::string& name, const MetricLabels& labels);
   prometheus::Histogram& Histogram(const std::string& name, const std::string& help,
                                    std::vector<double> buckets, const MetricLabels& labels = {});
   std::string Text() const;  // the exposition format

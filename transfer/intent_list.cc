@@ -16,7 +16,7 @@ bool Continues(const Intent& last, const Intent& next) {
 }  // namespace
 
 StatusOr<std::shared_ptr<IntentList>> IntentList::Create(std::shared_ptr<MemoryTable> memory,
-                                                         std::vector<Intent> intents) {
+                                                         const std::vector<Intent>& intents) {
   if (intents.empty()) return InvalidArgument("a request without intents");
   std::shared_ptr<IntentList> list(new IntentList(std::move(memory)));
   auto& joined = list->intents_;

@@ -17,7 +17,7 @@ class IntentList {
   // region that may not be written. One lock, linear in the number of intents; strides are not expanded.
   // Neighbours that continue each other on both sides are joined.
   static StatusOr<std::shared_ptr<IntentList>> Create(std::shared_ptr<MemoryTable> memory,
-                                                      std::vector<Intent> intents);
+                                                      const std::vector<Intent>& intents);
   ~IntentList();
   IntentList(const IntentList&) = delete;
   IntentList& operator=(const IntentList&) = delete;

@@ -24,6 +24,7 @@ constexpr Duration kSoundAfter = std::chrono::seconds(1);  // up for so long: th
 constexpr double kProbationShare = 1.0 / 8;
 constexpr Duration kProbationProbes = milliseconds(20);  // between probes of an idle path in probation
 constexpr int32_t kBadChecksumsMax = 8;
+constexpr Duration kTrialPeriod = std::chrono::seconds(1);
 constexpr uint64_t kFirstWindowBytes = 1 << 20;
 constexpr uint64_t kSliceStep = 64 << 10;
 
@@ -74,12 +75,19 @@ Duration PathControl::Predict(uint64_t more_bytes) const {
   return Duration(static_cast<int64_t>(static_cast<double>(plain.count()) * traits().cost));
 }
 
+bool PathControl::DueForTrial(TimePoint now) const {
+  return state_ == PathState::kUp && in_flight_.empty() && meter_.HasBeenFaster() &&
+         now - last_sent_ >= kTrialPeriod;
+}
+
 void PathControl::Send(TimePoint now, const Slice& slice) {
   MR_CHECK(connected());
   Sent sent;
   sent.at = now;
   sent.bytes = slice.local.size();
   sent.attempt = slice.attempt;
+  sent.trial = DueForTrial(now);
+  last_sent_ = now;
   bytes_in_flight_ += sent.bytes;
   sent.queued = bytes_in_flight_;
   sent.express = slice.express;
@@ -202,7 +210,7 @@ uint32_t PathControl::OnSliceDone(TimePoint now, uint64_t slice, SliceOutcome ou
   }
   bad_checksums_ = 0;
   if (outcome != SliceOutcome::kLanded) return sent.attempt;
-  if (!sent.passes) meter_.Landed(now, now - sent.at, sent.queued, sent.bytes);
+  if (!sent.passes) meter_.Landed(now, now - sent.at, sent.queued, sent.bytes, sent.trial);
   bytes_done_ += sent.bytes;
   ++slices_done_;
   if (state_ == PathState::kProbation && !sent.late) {

@@ -37,6 +37,7 @@ class PathControl {
     uint32_t attempt = 0;
     bool late = false;
     bool express = false;
+    bool trial = false;   // see DueForTrial
     bool passes = false;  // bulk that was sent before: what it took says nothing of the rate
   };
 
@@ -59,6 +60,9 @@ class PathControl {
   bool HasRoom(bool express, bool desperate = false) const;
   uint64_t SliceBytes() const;                  // what it carries in about slice_time
   Duration Predict(uint64_t more_bytes) const;  // until an answer to that many bytes, sent now; with cost
+  // It is up and was faster once, but what it was measured at has kept it from being given anything for a
+  // while: only a slice can show whether that still holds.
+  bool DueForTrial(TimePoint now) const;
   void Send(TimePoint now, const Slice& slice);
   bool Carries(uint64_t slice) const { return in_flight_.contains(slice); }
   // Slices that have become late since the last call. The path is suspect from then on.
@@ -103,6 +107,7 @@ class PathControl {
   double share_ = 1;  // of the window, in probation
   int32_t bad_checksums_ = 0;
   std::string reason_;
+  TimePoint last_sent_{};
   TimePoint last_heard_{};
   TimePoint heard_[2]{};  // by bulk and probes, by express
 

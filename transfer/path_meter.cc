@@ -27,18 +27,20 @@ void PathMeter::Probed(TimePoint now, Duration took) {
   delay_ = least(delay_period_, delay_before_);
 }
 
-void PathMeter::Landed(TimePoint now, Duration took, uint64_t queued, uint64_t bytes) {
+void PathMeter::Landed(TimePoint now, Duration took, uint64_t queued, uint64_t bytes, bool trial) {
   if (queued == bytes && bytes < kRateBytesMin) Probed(now, took);
   const double seconds = Seconds(took);
   deviation_ += kGain * (std::abs(seconds - Seconds(Predict(queued))) - deviation_);
   if (queued < kRateBytesMin) return;
   const double sample = std::max(seconds - Seconds(delay_), seconds * 0.1) / static_cast<double>(queued);
-  if (seconds_per_byte_ == 0) {
+  if (seconds_per_byte_ == 0 || (trial && sample < seconds_per_byte_)) {
     seconds_per_byte_ = sample;
   } else {
     const double gain = kGain * std::min(1.0, static_cast<double>(bytes) / kFullWeightBytes);
     seconds_per_byte_ += gain * (sample - seconds_per_byte_);
   }
+  least_seconds_per_byte_ =
+      least_seconds_per_byte_ == 0 ? seconds_per_byte_ : std::min(least_seconds_per_byte_, seconds_per_byte_);
 }
 
 void PathMeter::Late(Duration so_far, uint64_t queued) {

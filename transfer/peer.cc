@@ -55,7 +55,7 @@ SliceQueue& Peer::queue() {
   return queue_;
 }
 
-void Peer::Add(Request request, std::shared_ptr<IntentList> intents, RequestDone done) {
+void Peer::Add(const Request& request, std::shared_ptr<IntentList> intents, RequestDone done) {
   queue_.Add(request.operation, request.ticket, request.priority, clock_->Now(), request.deadline,
              std::move(intents), std::move(done));
   Touch();
@@ -103,7 +103,8 @@ PathControl* Peer::BestPath(bool express, const PathControl* except) {
 
 // Whether the paths that are full now, with all that waits, would still be at work when this one could be
 // done with its slice. Only full ones count: their answers will make room, so that waiting for them ends.
-bool Peer::WorthTaking(const PathControl& path) const {
+bool Peer::WorthTaking(TimePoint now, const PathControl& path) const {
+  if (path.DueForTrial(now)) return true;
   double rate = 0;
   uint64_t bytes = queue_.bytes_waiting();
   Duration delay = Duration::max();
@@ -134,7 +135,7 @@ void Peer::Pump() {
   while (queue_.HasWork()) {
     PathControl* const path = BestPath(queue_.NextIsExpress(), nullptr);
     // The best of those that have room; if even that is not worth it, faster ones will have room in time.
-    if (path == nullptr || !WorthTaking(*path)) break;
+    if (path == nullptr || !WorthTaking(now, *path)) break;
     const Slice slice = queue_.Take(path->SliceBytes());
     bytes_sent_ += slice.local.size();
     path->Send(now, slice);

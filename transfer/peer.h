@@ -28,7 +28,7 @@ class Peer : public PathOwner {
   const std::string& name() const { return name_; }
 
   // Queues a request and sends what can be sent.
-  void Add(Request request, std::shared_ptr<IntentList> intents, RequestDone done);
+  void Add(const Request& request, std::shared_ptr<IntentList> intents, RequestDone done);
   // Deadlines, late slices, health. When the peer is lost its requests fail and lost() turns true. Says when
   // it wants to be called again at the latest.
   TimePoint Tick(TimePoint now);
@@ -55,7 +55,7 @@ class Peer : public PathOwner {
   void Touch();  // something happened: sends what can be sent, and the next tick is not skipped
   void Pump();
   PathControl* BestPath(bool express, const PathControl* except);
-  bool WorthTaking(const PathControl& path) const;
+  bool WorthTaking(TimePoint now, const PathControl& path) const;
   void Hedge(TimePoint now);
   bool HedgeOne(TimePoint now, PathControl& late, uint64_t slice);
 

@@ -131,7 +131,7 @@ class TransferEngine : public Transfer {
   }
 
   StatusOr<std::shared_ptr<IntentList>> Prepare(std::vector<Intent> intents) override {
-    return IntentList::Create(memory_, std::move(intents));
+    return IntentList::Create(memory_, intents);
   }
 
   Status Submit(PeerId peer, Request request, RequestDone done) override {
@@ -139,7 +139,7 @@ class TransferEngine : public Transfer {
     if (entry == nullptr) return NotFound("peer {} is not open", peer);
     std::shared_ptr<IntentList> intents = std::move(request.prepared);
     if (intents == nullptr) {
-      MR_ASSIGN_OR_RETURN(intents, IntentList::Create(memory_, std::move(request.intents)));
+      MR_ASSIGN_OR_RETURN(intents, IntentList::Create(memory_, request.intents));
     } else if (!request.intents.empty()) {
       return InvalidArgument("a request has prepared intents or its own, not both");
     }
@@ -165,7 +165,7 @@ class TransferEngine : public Transfer {
     };
     loop_->Post([this, peer, request = std::move(request), intents = std::move(intents),
                  counted = std::move(counted)]() mutable {
-      AddRequest(peer, std::move(request), std::move(intents), std::move(counted));
+      AddRequest(peer, request, std::move(intents), std::move(counted));
     });
     return OkStatus();
   }
@@ -239,14 +239,14 @@ class TransferEngine : public Transfer {
     return OkStatus();
   }
 
-  void AddRequest(PeerId id, Request request, std::shared_ptr<IntentList> intents, RequestDone done) {
+  void AddRequest(PeerId id, const Request& request, std::shared_ptr<IntentList> intents, RequestDone done) {
     const auto found = peers_.find(id);
     if (found == peers_.end() || found->second->lost() || stopping_) {
       intents.reset();
       return std::move(done)(stopping_ ? Cancelled("the transfer engine is shutting down")
                                        : Unavailable("the peer is lost"));
     }
-    found->second->Add(std::move(request), std::move(intents), std::move(done));
+    found->second->Add(request, std::move(intents), std::move(done));
   }
 
   void TicketClosing(TicketId ticket) {

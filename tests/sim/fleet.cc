@@ -125,19 +125,18 @@ class Fleet {
     auto list = transfer::IntentList::Create(
         host.memory,
         {{{host.region, first * kBlock, kRequestBlocks * kBlock}, host.to->region, first * kBlock}});
-    host.peer->Add(
-        std::move(request), *std::move(list), [this, &host, slot, first, stamp](const Status& status) {
-          if (ending_) return;
-          if (!status.ok())
-            checks_.Fail(world_, fmt::format("a request failed though rails lived: {}", Message(status)));
-          for (uint64_t b = first; b < first + kRequestBlocks; ++b) {
-            host.sources.busy.erase(b);
-            if (host.to->stamps[b] != stamp)
-              checks_.Fail(world_, "a request is done, but a block is not its own");
-          }
-          ++requests_;
-          world_.After(Duration(1), [this, &host, slot] { Start(host, slot); });
-        });
+    host.peer->Add(request, *std::move(list), [this, &host, slot, first, stamp](const Status& status) {
+      if (ending_) return;
+      if (!status.ok())
+        checks_.Fail(world_, fmt::format("a request failed though rails lived: {}", Message(status)));
+      for (uint64_t b = first; b < first + kRequestBlocks; ++b) {
+        host.sources.busy.erase(b);
+        if (host.to->stamps[b] != stamp)
+          checks_.Fail(world_, "a request is done, but a block is not its own");
+      }
+      ++requests_;
+      world_.After(Duration(1), [this, &host, slot] { Start(host, slot); });
+    });
   }
 
   // Bytes per second of every bin.

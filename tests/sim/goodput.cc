@@ -174,7 +174,7 @@ class Outage {
       request.ticket = ticket_;
       auto list = transfer::IntentList::Create(
           memory_, {{{region_, at, kRequestBlocks * kBlock}, receiver_.region, at}});
-      peer_->Add(std::move(request), *std::move(list),
+      peer_->Add(request, *std::move(list),
                  [this, slot](const Status&) { world_.After(Duration(1), [this, slot] { Start(slot); }); });
       return;
     }

@@ -167,11 +167,11 @@ class Schedule {
         intents.push_back(
             {{region_, (source + b) * kBlock, kBlock}, owner->region, (job->first + b) * kBlock});
     }
-    auto list = transfer::IntentList::Create(memory_, std::move(intents));
+    auto list = transfer::IntentList::Create(memory_, intents);
     ++job->pending;
     ++pending_;
     const TimePoint began = world_.Now();
-    to->Add(std::move(request), *std::move(list), [=, this](Status status) {
+    to->Add(request, *std::move(list), [=, this](Status status) {
       --job->pending;
       --pending_;
       if (read && status.ok()) CheckRead(*job, source, stamp);

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <map>
 
 #include "transfer/landing.h"
@@ -36,6 +37,7 @@ class ScriptedPath : public Path {
   void LandAll() {
     while (!in_flight.empty()) Land(in_flight.begin()->first);
   }
+  void MeetAnotherEpoch() { owner_->OnRefused(Unavailable("the process has restarted")); }
   uint64_t bytes() const {
     uint64_t sum = 0;
     for (const auto& [id, slice] : in_flight) sum += slice.local.size();
@@ -57,14 +59,14 @@ class PeerTest : public testing::Test {
     peer_.Tick(clock_.Now());  // connects
     return raw;
   }
-  void Submit(uint64_t bytes) {
+  void Submit(uint64_t bytes, absl::StatusCode ends_as = absl::StatusCode::kOk) {
     auto list =
         IntentList::Create(memory_, {{.local = {region_, 0, bytes}, .remote_region = 1, .remote_offset = 0}});
     ASSERT_TRUE(list.ok()) << list.status();
     Request request;
     request.ticket = 1;
-    peer_.Add(std::move(request), *std::move(list), [this](Status status) {
-      EXPECT_TRUE(status.ok()) << status;
+    peer_.Add(request, *std::move(list), [this, ends_as](Status status) {
+      EXPECT_EQ(status.code(), ends_as) << status;
       ++done_;
     });
   }
@@ -134,6 +136,26 @@ TEST_F(PeerTest, APeerThatIsOpenedAgainNumbersItsSlicesAboveAllBefore) {
   next->LandAll();
 }
 
+// One copy of the first slice has landed at the old process, the other is under way; of the second both are.
+TEST_F(PeerTest, ARestartEndsRequestsWithTwoCopiesOnceAndLetsGoOfTheirMemory) {
+  ScriptedPath* const slow = AddPath("slow");
+  Submit(4096, absl::StatusCode::kUnavailable);
+  Submit(4096, absl::StatusCode::kUnavailable);
+  ASSERT_EQ(slow->in_flight.size(), 2U);
+  ScriptedPath* const other = AddPath("other");
+  Advance(2 * options_.late_min);
+  ASSERT_EQ(other->in_flight.size(), 2U);
+  other->Land(other->in_flight.begin()->first);
+  EXPECT_FALSE(memory_->Deregister(region_).ok());
+  other->MeetAnotherEpoch();
+  Advance(milliseconds(1));
+  EXPECT_TRUE(peer_.lost());
+  EXPECT_EQ(done_, 2);
+  EXPECT_TRUE(peer_.drained());
+  EXPECT_TRUE(slow->in_flight.empty() && other->in_flight.empty());
+  EXPECT_TRUE(memory_->Deregister(region_).ok());
+}
+
 TEST_F(PeerTest, TheFloorOfLatenessIsAnOption) {
   options_.late_min = milliseconds(100);
   ScriptedPath* const slow = AddPath("slow");
@@ -166,6 +188,54 @@ TEST_F(PeerTest, ASliceOnAPathThatCannotBeOvertakenIsNotSentAgainWhileThePathLiv
   EXPECT_TRUE(slow->in_flight.empty());
   other->LandAll();
   EXPECT_EQ(peer_.queue().num_requests(), 0U);
+}
+
+// Two paths, and requests enough that the fast one is always busy but never so long that a slow one is worth
+// it.
+class TwoPaths : public PeerTest {
+ protected:
+  void SetUp() override { paths_ = {AddPath("first"), AddPath("second")}; }
+  void TearDown() override {
+    while (peer_.queue().num_requests() > 0) {
+      for (ScriptedPath* const path : paths_) path->LandAll();
+      Advance(milliseconds(1));
+    }
+  }
+  // Each path takes so many ms for 64 KiB. How many bytes the second was given.
+  uint64_t Run(int first_ms, int second_ms, Duration length) {
+    uint64_t given = 0;
+    const TimePoint end = clock_.Now() + length;
+    while (clock_.Now() < end) {
+      while (peer_.queue().num_requests() < 8) Submit(64 << 10);
+      for (const size_t i : {0, 1}) {
+        busy_[i] = paths_[i]->in_flight.empty() ? 0 : busy_[i] + 1;
+        if (busy_[i] < (i == 0 ? first_ms : second_ms)) continue;
+        busy_[i] = 0;
+        if (i == 1) given += paths_[i]->in_flight.begin()->second.local.size();
+        paths_[i]->Land(paths_[i]->in_flight.begin()->first);
+      }
+      Advance(milliseconds(1));
+    }
+    return given;
+  }
+
+  std::array<ScriptedPath*, 2> paths_{};
+  std::array<int, 2> busy_{};
+};
+
+TEST_F(TwoPaths, OneThatWasSlowForAWhileIsUsedAgain) {
+  options_.late_min = std::chrono::seconds(10);  // nothing is late here: it only becomes slow
+  EXPECT_GT(Run(1, 1, milliseconds(200)), 4U << 20);
+  Run(1, 500, std::chrono::seconds(2));
+  EXPECT_EQ(Run(1, 500, milliseconds(300)), 0U) << "not worth its while";
+  Run(1, 1, milliseconds(1500));
+  EXPECT_GT(Run(1, 1, milliseconds(200)), 4U << 20);
+}
+
+TEST_F(TwoPaths, OneThatWasNeverFasterIsNotTriedAgain) {
+  options_.late_min = std::chrono::seconds(10);
+  Run(1, 500, std::chrono::seconds(8));  // what it was given before it was known
+  EXPECT_EQ(Run(1, 500, std::chrono::seconds(5)), 0U);
 }
 
 TEST_F(PeerTest, ASmallRequestPassesBulkThatFillsTheWindow) {

@@ -191,16 +191,16 @@ void RdmaPath::Send(const Slice& slice) {
   work.frame.slice = slice.id;
   work.frame.attempt = slice.attempt;
   work.frame.retired_below = slice.retired_below;
-  Post(std::move(work));
+  Post(work);
 }
 
-void RdmaPath::Post(Deferred work) {
+void RdmaPath::Post(const Deferred& work) {
   if (deferred_.empty()) {
     const Status status = work.data ? endpoint_->SendData(work.queue_pair, work.move)
                                     : endpoint_->SendFrame(work.queue_pair, work.frame);
     if (status.code() != absl::StatusCode::kResourceExhausted) return;  // posted, or the link is breaking
   }
-  deferred_.push_back(std::move(work));
+  deferred_.push_back(work);
 }
 
 bool RdmaPath::PostDeferred() {
@@ -242,7 +242,7 @@ void RdmaPath::OnAnswer(uint32_t queue_pair, const Frame& frame) {
   work.move.remote = frame.address;
   work.move.remote_key = frame.key;
   work.move.slot = frame.slot;
-  Post(std::move(work));
+  Post(work);
 }
 
 void RdmaPath::OnDataDone(uint32_t queue_pair, uint32_t slot) {
@@ -253,7 +253,7 @@ void RdmaPath::OnDataDone(uint32_t queue_pair, uint32_t slot) {
     work.queue_pair = queue_pair;
     work.frame.kind = FrameKind::kRelease;
     work.frame.slot = slot;
-    Post(std::move(work));
+    Post(work);
   }
   (void)PostDeferred();
   Finish(queue_pair, slot, SliceOutcome::kLanded);
@@ -276,7 +276,7 @@ void RdmaPath::Probe(uint64_t probe) {
     work.queue_pair = queue_pair;
     work.frame.kind = FrameKind::kProbe;
     work.frame.number = probe;
-    Post(std::move(work));
+    Post(work);
   }
 }
 

@@ -73,7 +73,7 @@ class RdmaPath : public Path {
   void OnAnswer(uint32_t queue_pair, const Frame& frame);
   void OnDataDone(uint32_t queue_pair, uint32_t slot);
   void Finish(uint32_t queue_pair, uint32_t slot, SliceOutcome outcome);
-  void Post(Deferred work);
+  void Post(const Deferred& work);
   void TellPeer(const std::string& reason);
   // Puts this end to rest; every slice is reported kUnknown, unless the device does not let go of its memory.
   void Rest();

@@ -206,7 +206,7 @@ void FrameStream::Send(const Frame& frame, std::span<const std::byte> payload) {
   if (!reading_) Flush();
 }
 
-void FrameStream::SendMessage(std::string body) {
+void FrameStream::SendMessage(const std::string& body) {
   const Frame frame{.kind = FrameKind::kControl,
                     .length = static_cast<uint32_t>(body.size()),
                     .payload_crc = Crc32c(AsBytes(body))};

@@ -46,7 +46,7 @@ class FrameStream {
   void SendHello(const std::string& message);
   // `payload` stays valid until OnSent or Close; its checksum is filled in.
   void Send(const Frame& frame, std::span<const std::byte> payload = {});
-  void SendMessage(std::string body);  // a control frame; copied
+  void SendMessage(const std::string& body);  // a control frame; copied
   // Nothing reads or writes user memory after this. No OnClosed.
   void Close();
   // Closes when all that is queued has been sent.

@@ -123,9 +123,9 @@ void TcpPath::OnMessage(std::string_view body) {
 
 void TcpPath::OnControlMessage(std::string_view) {}
 
-bool TcpPath::SendControl(std::string body) {
+bool TcpPath::SendControl(const std::string& body) {
   if (!ready_) return false;
-  bulk_.stream->SendMessage(std::move(body));
+  bulk_.stream->SendMessage(body);
   return true;
 }
 

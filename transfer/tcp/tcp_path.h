@@ -36,7 +36,7 @@ class TcpPath : public Path {
  protected:
   // A control message came; control sessions only.
   virtual void OnControlMessage(std::string_view body);
-  bool SendControl(std::string body);
+  bool SendControl(const std::string& body);
 
  private:
   // One connection.
@@ -83,7 +83,7 @@ class TcpPath : public Path {
 // The control session to a peer: a path that carries no slices, and the initiating side's ControlChannel.
 class TcpControl : public TcpPath, public ControlChannel {
  public:
-  TcpControl(const RailEnvironment* environment, Target target)
+  TcpControl(const RailEnvironment* environment, const Target& target)
       : TcpPath(environment, target), environment_(environment), peer_epoch_(target.expected_epoch) {}
   bool SendMessage(const std::string& kind, const std::string& body) override;
   uint64_t peer_epoch() const override { return peer_epoch_; }

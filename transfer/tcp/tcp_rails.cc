@@ -66,7 +66,7 @@ RailKind::Control TcpRails::MakeControl(const RemotePeer& peer) {
                    .carries_slices = false};
   target.remotes = *std::move(remotes);
   target.expected_epoch = peer.epoch;
-  auto control = std::make_unique<TcpControl>(&environment_, std::move(target));
+  auto control = std::make_unique<TcpControl>(&environment_, target);
   ControlChannel* const channel = control.get();
   return {std::move(control), channel};
 }

@@ -76,6 +76,8 @@ def shaped(args, log_dir):
     results = []
     goodput_ratio("4 x 200 Mbit/s", [200] * 4, log_dir, args.runs, results)
     goodput_ratio("1 x 200 Mbit/s", [200], log_dir, args.runs, results)
+    goodput_ratio("2 x 200 Mbit/s", [200] * 2, log_dir, args.runs, results)
+    goodput_ratio("8 x 100 Mbit/s", [100] * 8, log_dir, args.runs, results)
     goodput_ratio("4 x 1000 Mbit/s", [1000] * 4, log_dir, args.runs, results)
     goodput_ratio("3 x 200, one of 50 Mbit/s", [200] * 3 + [50], log_dir, args.runs, results)
     goodput_ratio("40, 80, 160, 320 Mbit/s", [40, 80, 160, 320], log_dir, args.runs, results)

@@ -12,9 +12,9 @@ PERIOD = 4.0  # seconds from one trial's fault to the next one's
 OUTAGE = 1.5  # until the heal
 CALM = 0.9  # before the fault
 TRIALS_PER_RUN = 4
-RATE_MBIT = 200
-# 64 KiB blocks, 64 in flight: a moment without completions is a moment without goodput.
-LOAD = ["--block", "64KiB", "--threads", 2, "--depth", 32, "--memory", "16MiB", "--check", "--timeline", 5]
+RATE_MBIT = 100  # shaping four of these takes half a core, four of 200 takes a whole one
+# 32 KiB blocks, 64 in flight: a moment without completions is a moment without goodput.
+LOAD = ["--block", "32KiB", "--threads", 2, "--depth", 32, "--memory", "8MiB", "--check", "--timeline", 5]
 
 FAULTS = ["link_down", "black_hole", "reset", "collapse", "flap"]
 
