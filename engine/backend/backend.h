@@ -50,6 +50,12 @@ class Backend {
   // segment's last row, for the token after its next one: [segments, vocab_size], valid until the next call
   // of either kind.
   virtual StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments);
+  // A backend that is one rank of an expert group (engine/moe/expert_group.h) computes in lockstep with the
+  // others. True while they wait for this one: then Forward is called, with an empty batch where there is no
+  // work.
+  virtual bool JoinWanted() { return false; }
+  // `wake` is called from any thread when that may have become true; an empty one takes it back.
+  virtual void OnJoinWanted(std::function<void()> /*wake*/) {}
   virtual std::string Describe() const = 0;  // "cpu, avx512, 2 threads, bf16"
 };
 

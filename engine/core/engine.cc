@@ -64,6 +64,13 @@ class ThreadedEngine final : public Engine {
       : options_(options), backend_(std::move(backend)), core_(options, backend_.get(), std::move(file)) {
     if (metrics != nullptr) metrics_.emplace(metrics);
     Publish(0);
+    backend_->OnJoinWanted([this] {
+      {
+        std::lock_guard lock(mutex_);
+        join_wanted_ = true;
+      }
+      wake_.notify_one();
+    });
     thread_ = std::thread([this] { Loop(); });
   }
 
@@ -74,6 +81,7 @@ class ThreadedEngine final : public Engine {
     }
     wake_.notify_one();
     thread_.join();
+    backend_->OnJoinWanted({});
   }
 
   Status Generate(EngineRequest request, std::unique_ptr<TokenSink> sink) override {
@@ -149,6 +157,7 @@ class ThreadedEngine final : public Engine {
   int32_t queued_ = 0;              // by the core, at the last Publish
   EngineStats stats_;
   bool stopping_ = false;
+  bool join_wanted_ = false;  // the backend's group may wait for this rank
 
   std::atomic<int64_t> turn_ns_{0};  // the engine clock at the start of the current turn
   std::atomic<bool> asleep_{true};
@@ -198,6 +207,7 @@ void ThreadedEngine::Loop() {
       commands.swap(commands_);
       submissions_taken = submissions_posted_;
       stopping = stopping_;
+      join_wanted_ = false;
     }
     for (Command& command : commands) std::move(command)(&core_);
     commands.clear();
@@ -207,6 +217,8 @@ void ThreadedEngine::Loop() {
     Publish(submissions_taken);
     if (runs) {
       Compute();
+    } else if (!core_.broken() && backend_->JoinWanted()) {
+      if (!core_.Join().ok()) broken_.store(true);
     } else {
       Sleep();
     }
@@ -239,7 +251,7 @@ void ThreadedEngine::Sleep() {
   const TimePoint deadline = core_.NextDeadline();
   std::unique_lock lock(mutex_);
   asleep_.store(true);
-  const auto awake = [this] { return stopping_ || !commands_.empty(); };
+  const auto awake = [this] { return stopping_ || join_wanted_ || !commands_.empty(); };
   if (core_.waits_for_file()) {
     wake_.wait_for(lock, kFileLookEvery, awake);
   } else if (deadline == kNoDeadline) {

@@ -48,6 +48,8 @@ class EngineCore : private PageCopier {
   // picked. An error of the backend ends every request with it and comes back from this and every later call.
   bool Prepare();
   Status Run();
+  // Instead of Run, when Prepare had nothing: takes part in a step of the backend's group.
+  Status Join();
   void EndAll(const Status& status);
   bool broken() const { return !broken_.ok(); }  // the backend has failed
 

@@ -51,6 +51,12 @@ Status EngineCore::Run() {
   return broken_;
 }
 
+Status EngineCore::Join() {
+  if (const StatusOr<StepOutput> output = backend_->Forward(Batch{}, {}); !output.ok())
+    Break(output.status());
+  return broken_;
+}
+
 void EngineCore::Break(const Status& status) {
   broken_ = Annotate(status, "the engine cannot go on computing");
   LogError("{}", Message(broken_));

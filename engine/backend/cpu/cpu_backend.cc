@@ -1,14 +1,18 @@
 // One step on the CPU: embedding, layers, head. Rows are tokens of the batch, in order.
 #include "engine/backend/cpu/cpu_backend.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <thread>
 
 #include "base/check.h"
 #include "base/cpu.h"
+#include "base/digest.h"
 #include "engine/backend/cpu/attention.h"
 #include "engine/backend/cpu/bfloat16.h"
 #include "engine/backend/cpu/cpu_weights.h"
+#include "engine/backend/cpu/expert_mover.h"
 #include "engine/backend/cpu/moe_layer.h"
 #include "engine/backend/cpu/packing.h"
 #include "engine/backend/cpu/rope.h"
@@ -38,9 +42,13 @@ class CpuBackend : public Backend {
         layout_(layout),
         kv_(std::move(kv)),
         pool_(options.num_threads),
+        group_(options.group.group),
+        mover_(group_ == nullptr
+                   ? nullptr
+                   : std::make_unique<ExpertMover>(weights_, options.group, options.num_threads)),
         rope_(config_),
         attention_(layout, config_.num_heads, kernels, pool_),
-        ffn_(config_, kernels, format_, options.batch_tokens_max, pool_),
+        ffn_(config_, kernels, format_, options.batch_tokens_max, pool_, group_),
         hidden_(FloatRows(options.batch_tokens_max, config_.hidden_size)),
         normed_(FloatRows(options.batch_tokens_max, config_.hidden_size)),
         qkv_(FloatRows(options.batch_tokens_max, config_.q_size() + 2 * config_.kv_size())),
@@ -64,29 +72,105 @@ class CpuBackend : public Backend {
     const char* weights = format_ == WeightFormat::kInt8   ? ", int8 weights"
                           : format_ == WeightFormat::kInt4 ? ", int4 weights"
                                                            : "";
-    return fmt::format("cpu, {}, {} threads, {}{}", kernels_.name, pool_.num_threads(),
-                       bf16_ ? "bfloat16" : "float32", weights);
+    const std::string rank =
+        group_ == nullptr ? "" : fmt::format(", rank {} of {}", group_->rank(), group_->shape().num_ranks);
+    return fmt::format("cpu, {}, {} threads, {}{}{}", kernels_.name, pool_.num_threads(),
+                       bf16_ ? "bfloat16" : "float32", weights, rank);
   }
   void set_trace(RouterTrace trace) { trace_ = std::move(trace); }
 
   StatusOr<StepOutput> Forward(const Batch& batch, const LayerDone& layer_done) override {
-    CollectRows(batch);
+    const bool mtp_rows =
+        std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) {
+          return std::any_of(segment.next_tokens.begin(), segment.next_tokens.end(),
+                             [](int32_t token) { return token >= 0; });
+        });
+    while (true) {
+      MR_ASSIGN_OR_RETURN(const GroupPass pass,
+                          JoinPass(batch.segments.empty() ? PassKind::kIdle : PassKind::kStep, mtp_rows));
+      if (pass.kind == PassKind::kIdle) return StepOutput{};
+      CollectRows(batch);
+      StatusOr<StepOutput> output = RunStep(layer_done, pass.mtp);
+      // The group has lost a rank: the same again without it.
+      if (output.ok() || !absl::IsAborted(output.status())) return output;
+    }
+  }
+
+  StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments) override {
+    MR_CHECK(options_.with_mtp);
+    while (true) {
+      MR_RETURN_IF_ERROR(JoinPass(PassKind::kDraft, true).status());
+      CollectMtpRows(segments);
+      const Status status = RunMtp({});
+      if (status.ok()) return Head(&mtp_logits_);
+      if (!absl::IsAborted(status)) return status;
+    }
+  }
+
+  bool JoinWanted() override { return group_ != nullptr && (mover_->has_changes() || group_->JoinWanted()); }
+  void OnJoinWanted(std::function<void()> wake) override {
+    if (group_ == nullptr) return;
+    mover_->OnChanges(wake);
+    group_->OnJoinWanted(std::move(wake));
+  }
+
+ private:
+  // Takes part in the group's passes, without rows, until one of the wanted kind has begun, or, for kIdle,
+  // once. A single process begins what it wants.
+  StatusOr<GroupPass> JoinPass(PassKind wanted, bool mtp_rows) {
+    if (group_ == nullptr) return GroupPass{wanted, options_.with_mtp && mtp_rows, true};
+    TimePoint uncovered_since;
+    while (true) {
+      mover_->BeforePass();
+      MR_ASSIGN_OR_RETURN(const GroupPass pass, group_->BeginPass(wanted, mtp_rows));
+      mover_->PassBegun();
+      if (!pass.covered) {
+        const TimePoint now = Clock::System().Now();
+        if (uncovered_since == TimePoint{}) uncovered_since = now;
+        MR_RETURN_IF_ERROR(mover_->status());
+        if (now - uncovered_since > options_.group.reload_max) {
+          return Unavailable("experts of a lost rank are not back after {:.0f} s",
+                             Seconds(options_.group.reload_max));
+        }
+        std::this_thread::sleep_for(std::chrono::microseconds(500));
+        continue;
+      }
+      if (pass.kind == wanted) return pass;
+      rows_.clear();
+      if (const Status status = RunOthersPass(pass); !status.ok() && !absl::IsAborted(status)) return status;
+      if (wanted == PassKind::kIdle) return GroupPass{};
+    }
+  }
+
+  Status RunOthersPass(const GroupPass& pass) {
+    if (pass.kind == PassKind::kStep) {
+      for (int32_t l = config_.num_dense_layers; l < config_.num_layers; ++l) {
+        MR_RETURN_IF_ERROR(RunFfn(weights_->layers[static_cast<size_t>(l)], l, {}));
+      }
+    }
+    if (pass.kind == PassKind::kDraft || pass.mtp) {
+      MR_RETURN_IF_ERROR(RunFfn(weights_->mtp.front().layer, config_.num_layers, {}));
+    }
+    return OkStatus();
+  }
+
+  StatusOr<StepOutput> RunStep(const LayerDone& layer_done, bool with_mtp) {
     for (size_t r = 0; r < rows_.size(); ++r) Embed(rows_[r].token, hidden_[r]);
-    for (int32_t l = 0; l < config_.num_layers; ++l)
-      RunLayer(weights_->layers[static_cast<size_t>(l)], l, layer_done);
+    for (int32_t l = 0; l < config_.num_layers; ++l) {
+      MR_RETURN_IF_ERROR(RunLayer(weights_->layers[static_cast<size_t>(l)], l, layer_done));
+    }
     Norm(weights_->final_norm);
     StepOutput output;
     output.logits = Head(&logits_);
     if (options_.with_mtp) output.hidden = CopyHidden();
     KeepMtpRows();
-    if (rows_.empty()) return output;
-    RunMtp(layer_done);
+    if (rows_.empty() && !with_mtp) return output;
+    MR_RETURN_IF_ERROR(RunMtp(layer_done));
     output.mtp_logits = Head(&mtp_logits_);
     return output;
   }
 
-  StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments) override {
-    MR_CHECK(options_.with_mtp);
+  void CollectMtpRows(std::span<const MtpSegment> segments) {
     const auto width = static_cast<size_t>(config_.hidden_size);
     rows_.clear();
     mtp_segments_.clear();
@@ -111,11 +195,8 @@ class CpuBackend : public Backend {
         rows_.push_back(row);
       }
     }
-    RunMtp({});
-    return Head(&mtp_logits_);
   }
 
- private:
   // The final hidden states of the rows with logits.
   std::span<const float> CopyHidden() {
     hidden_out_.clear();
@@ -204,7 +285,7 @@ class CpuBackend : public Backend {
     return is_integer() ? quantized_.input(rows_.size()) : normed_.input(rows_.size());
   }
 
-  void RunLayer(const LayerWeights& layer, int32_t index, const LayerDone& layer_done) {
+  Status RunLayer(const LayerWeights& layer, int32_t index, const LayerDone& layer_done) {
     const size_t rows = rows_.size();
     ParallelGemm(pool_, kernels_, layer.qkv, Norm(layer.input_norm), qkv_.first(rows));
     pool_.Run(static_cast<int64_t>(rows),
@@ -220,10 +301,21 @@ class CpuBackend : public Backend {
         for (size_t d = 0; d < layer.dense_bias.size(); ++d) hidden_[r][d] += layer.dense_bias[d];
       }
     }
-    const std::span<const void* const> x = Norm(layer.post_norm);
+    return RunFfn(layer, index, Norm(layer.post_norm));
+  }
+
+  // x: normed_ as products want it.
+  Status RunFfn(const LayerWeights& layer, int32_t index, std::span<const void* const> x) {
+    const size_t rows = rows_.size();
     FfnRunner::Trace trace;
     if (trace_) trace = [&](int32_t row, std::span<const int32_t> experts) { trace_(index, row, experts); };
+    if (group_ != nullptr && layer.moe) {
+      const int32_t moe_layer = index - config_.num_dense_layers;
+      return ffn_.RunInGroup(layer, mover_->experts(moe_layer), moe_layer, normed_.input(rows), x,
+                             hidden_.first(rows), trace);
+    }
     ffn_.Run(layer, normed_.input(rows), x, hidden_.first(rows), trace);
+    return OkStatus();
   }
 
   // Bias, QK norm and rotation of one row of qkv_; its K and V go to their page.
@@ -293,7 +385,7 @@ class CpuBackend : public Backend {
     rows_.resize(kept);
   }
 
-  void RunMtp(const LayerDone& layer_done) {
+  Status RunMtp(const LayerDone& layer_done) {
     const MtpWeights& mtp = weights_->mtp.front();
     const int32_t hidden = config_.hidden_size;
     PrepareRows();
@@ -305,8 +397,9 @@ class CpuBackend : public Backend {
       kernels_.rms_norm(normed_[r], mtp.hidden_norm.data(), hidden, config_.rms_norm_eps, input + hidden);
     }
     ParallelGemm(pool_, kernels_, mtp.projection, Input(mtp_input_, 2 * hidden), hidden_.first(rows_.size()));
-    RunLayer(mtp.layer, config_.num_layers, layer_done);
+    MR_RETURN_IF_ERROR(RunLayer(mtp.layer, config_.num_layers, layer_done));
     Norm(mtp.final_norm);
+    return OkStatus();
   }
 
   const std::shared_ptr<const CpuWeights> weights_;  // shared by the backends of this process
@@ -318,6 +411,8 @@ class CpuBackend : public Backend {
   const KvLayout layout_;
   HugeMemory kv_;
   ThreadPool pool_;
+  ExpertGroup* const group_;                  // null: a single process
+  const std::unique_ptr<ExpertMover> mover_;  // in a group
   const Rope rope_;
   AttentionRunner attention_;
   FfnRunner ffn_;
@@ -416,6 +511,26 @@ StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(std::shared_ptr<const Weights>
   MR_ASSIGN_OR_RETURN(HugeMemory kv, HugeMemory::Allocate(layout.total_bytes(), "KV pages"));
   return std::unique_ptr<Backend>(
       std::make_unique<CpuBackend>(std::move(cpu_weights), effective, *kernels, layout, std::move(kv)));
+}
+
+StatusOr<GroupShape> CpuGroupShape(const Weights& weights, const CpuBackendOptions& options,
+                                   int32_t num_ranks, uint64_t model_digest) {
+  const auto* const cpu = dynamic_cast<const CpuWeights*>(&weights);
+  MR_CHECK(cpu != nullptr, "weights of another backend");
+  MR_ASSIGN_OR_RETURN(const KernelTable* kernels, ChooseKernels(options.isa));
+  const ModelConfig& config = cpu->config();
+  GroupShape shape;
+  shape.num_ranks = num_ranks;
+  shape.num_layers = config.num_layers - config.num_dense_layers + static_cast<int32_t>(cpu->mtp.size());
+  shape.num_experts = config.num_experts;
+  shape.experts_per_token = config.experts_per_token;
+  shape.hidden_size = config.hidden_size;
+  shape.rows_max = options.batch_tokens_max;
+  shape.row_bytes = ActivationBytes(cpu->format_, config.hidden_size);
+  shape.digest =
+      Xxh3(AsBytes(fmt::format("{}|{}|{}|{}|{}", model_digest, static_cast<int>(cpu->format_),
+                               static_cast<int>(cpu->precision_), kernels->name, options.with_mtp)));
+  return shape;
 }
 
 void SetRouterTrace(Backend& backend, RouterTrace trace) {

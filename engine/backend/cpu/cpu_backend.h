@@ -6,8 +6,10 @@
 #include <memory>
 #include <string>
 
+#include "base/clock.h"
 #include "engine/backend/backend.h"
 #include "engine/model/tensor_source.h"
+#include "engine/moe/expert_group.h"
 
 namespace millrace::engine {
 
@@ -40,12 +42,24 @@ struct CpuWeightsOptions {
   // log; a cache that cannot be written costs a line and nothing else.
   std::string cache_directory;
   std::string source_digest;  // tells one source from another; a changed one finds no cache
+  // Routed experts to load, of a layer as tensors are numbered; empty: all. Belongs into source_digest.
+  std::function<bool(int32_t layer, int32_t expert)> holds;
 };
 
 // Packs a checkpoint that CheckTensors accepted, tensor by tensor: beside the packed weights, a few MiB per
 // thread are in memory at a time. Errors name the tensor.
 StatusOr<std::shared_ptr<const Weights>> LoadCpuWeights(const TensorSource& source, const ModelConfig& config,
                                                         const CpuWeightsOptions& options);
+
+// Part of a backend that is one rank of an expert group.
+struct CpuGroupOptions {
+  ExpertGroup* group = nullptr;          // null: a single process. Outlives the backend
+  const TensorSource* source = nullptr;  // whence experts that move here are read; outlives the backend
+  int32_t slots_per_layer = 0;  // experts of a layer that this rank is to hold at most, but in an emergency
+  Duration rebalance_every = std::chrono::seconds(30);  // zero: never
+  // How long a pass waits for experts whose last holder was lost.
+  Duration reload_max = std::chrono::minutes(5);
+};
 
 struct CpuBackendOptions {
   int num_threads = 0;  // 0 = every usable processor
@@ -54,7 +68,12 @@ struct CpuBackendOptions {
   int32_t logit_rows_max = 64;     // sum of num_logits in one Forward
   bool with_mtp = false;           // give the MTP layer KV pages and accept Segment::next_tokens
   Isa isa = Isa::kAuto;            // a set that the processor lacks is InvalidArgument
+  CpuGroupOptions group;
 };
+
+// The shape of a group of such backends. `weights` must come from LoadCpuWeights.
+StatusOr<GroupShape> CpuGroupShape(const Weights& weights, const CpuBackendOptions& options,
+                                   int32_t num_ranks, uint64_t model_digest);
 
 // `weights` must come from LoadCpuWeights. ResourceExhausted names the bytes when memory cannot be had.
 StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(std::shared_ptr<const Weights> weights,

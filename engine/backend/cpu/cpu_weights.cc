@@ -168,7 +168,14 @@ StatusOr<std::vector<float>> Vector(const TensorSource& source, const std::strin
   return values;
 }
 
-void PlanLayer(const ModelConfig& config, int32_t index, bool moe, Planner& planner, LayerWeights* layer) {
+using Holds = std::function<bool(int32_t layer, int32_t expert)>;
+
+std::string ExpertPrefix(int32_t layer, int32_t expert) {
+  return fmt::format("model.layers.{}.mlp.experts.{}", layer, expert);
+}
+
+void PlanLayer(const ModelConfig& config, int32_t index, bool moe, const Holds& holds, Planner& planner,
+               LayerWeights* layer) {
   const std::string prefix = fmt::format("model.layers.{}.", index);
   layer->qkv = planner.Matrix(prefix + "attention.query_key_value.weight",
                               config.q_size() + 2 * config.kv_size(), config.hidden_size);
@@ -184,26 +191,26 @@ void PlanLayer(const ModelConfig& config, int32_t index, bool moe, Planner& plan
   layer->router = planner.Router(prefix + "mlp.gate.weight", config.num_experts, config.hidden_size);
   layer->experts.clear();
   for (int32_t e = 0; e < config.num_experts; ++e) {
-    layer->experts.push_back(
-        planner.Ffn(fmt::format("{}mlp.experts.{}", prefix, e), config.moe_intermediate_size));
+    FfnWeights& expert = layer->experts.emplace_back();
+    if (!holds || holds(index, e)) expert = planner.Ffn(ExpertPrefix(index, e), config.moe_intermediate_size);
   }
 }
 
-void PlanModel(const ModelConfig& config, const std::vector<float>* head_scale, Planner& planner,
-               CpuWeights* weights) {
+void PlanModel(const ModelConfig& config, const std::vector<float>* head_scale, const Holds& holds,
+               Planner& planner, CpuWeights* weights) {
   weights->embedding =
       planner.Embedding("model.word_embeddings.weight", config.vocab_size, config.hidden_size);
   weights->head = planner.Head(config.tie_word_embeddings ? "model.word_embeddings.weight" : "lm_head.weight",
                                config.vocab_size, config.hidden_size, head_scale);
   weights->layers.resize(static_cast<size_t>(config.num_layers));
   for (int32_t l = 0; l < config.num_layers; ++l) {
-    PlanLayer(config, l, config.is_moe_layer(l), planner, &weights->layers[static_cast<size_t>(l)]);
+    PlanLayer(config, l, config.is_moe_layer(l), holds, planner, &weights->layers[static_cast<size_t>(l)]);
   }
   weights->mtp.resize(static_cast<size_t>(config.num_mtp_layers));
   for (MtpWeights& mtp : weights->mtp) {
     mtp.projection = planner.Matrix(fmt::format("model.layers.{}.eh_proj.weight", config.num_layers),
                                     config.hidden_size, 2 * config.hidden_size);
-    PlanLayer(config, config.num_layers, true, planner, &mtp.layer);
+    PlanLayer(config, config.num_layers, true, holds, planner, &mtp.layer);
   }
 }
 
@@ -279,6 +286,26 @@ Status RunJobs(const TensorSource& source, const std::vector<PackJob>& jobs,
 
 }  // namespace
 
+size_t ExpertBytes(const ModelConfig& config, WeightFormat format) {
+  const int32_t strips = (config.moe_intermediate_size + kStripRows - 1) / kStripRows;
+  const auto bytes = [&](int32_t rows, int32_t cols) {
+    return (PackedBytes(MakePackedMatrix(format, rows, cols)) + 63) / 64 * 64;
+  };
+  return bytes(2 * strips * kStripRows, config.hidden_size) +
+         bytes(config.hidden_size, config.moe_intermediate_size);
+}
+
+StatusOr<FfnWeights> LoadExpert(const TensorSource& source, const CpuWeights& weights, int32_t layer,
+                                int32_t expert, std::span<std::byte> memory) {
+  Planner planner(source, weights.config_, weights, memory.data());
+  const FfnWeights ffn = planner.Ffn(ExpertPrefix(layer, expert), weights.config_.moe_intermediate_size);
+  MR_CHECK(planner.bytes() <= memory.size());
+  std::memset(memory.data(), 0, memory.size());  // padding
+  std::vector<float> scratch;
+  for (const PackJob& job : planner.TakeJobs()) MR_RETURN_IF_ERROR(RunJob(source, job, &scratch));
+  return ffn;
+}
+
 StatusOr<std::shared_ptr<const Weights>> LoadCpuWeights(const TensorSource& source, const ModelConfig& config,
                                                         const CpuWeightsOptions& options) {
   auto weights = std::make_shared<CpuWeights>();
@@ -291,10 +318,10 @@ StatusOr<std::shared_ptr<const Weights>> LoadCpuWeights(const TensorSource& sour
   }
   const std::vector<float>* scale = config.norm_head ? &head_scale : nullptr;
   Planner sizing(source, config, *weights, nullptr);
-  PlanModel(config, scale, sizing, weights.get());
+  PlanModel(config, scale, options.holds, sizing, weights.get());
   MR_ASSIGN_OR_RETURN(weights->memory_, HugeMemory::Allocate(sizing.bytes(), "weights"));
   Planner planner(source, config, *weights, weights->memory_.bytes().data());
-  PlanModel(config, scale, planner, weights.get());
+  PlanModel(config, scale, options.holds, planner, weights.get());
   MR_RETURN_IF_ERROR(ReadVectors(source, config, weights.get()));
   const WeightCache cache(options, weights->precision_, weights->format_);
   if (!cache.Read(weights->memory_.bytes())) {

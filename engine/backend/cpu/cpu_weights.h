@@ -25,10 +25,10 @@ struct LayerWeights {
   std::vector<float> query_norm;  // [head_dim], or empty
   std::vector<float> key_norm;    // [head_dim], or empty
   bool moe = false;
-  FfnWeights ffn;                  // dense layers; MoE layers: the shared expert
-  PackedMatrix router;             // [experts, hidden], never quantised: bf16 if stored so, else fp32
-  std::vector<float> expert_bias;  // [experts], or empty
-  std::vector<FfnWeights> experts;
+  FfnWeights ffn;                   // dense layers; MoE layers: the shared expert
+  PackedMatrix router;              // [experts, hidden], never quantised: bf16 if stored so, else fp32
+  std::vector<float> expert_bias;   // [experts], or empty
+  std::vector<FfnWeights> experts;  // [experts]; width 0 where another rank has it
 };
 
 struct MtpWeights {
@@ -54,5 +54,12 @@ class CpuWeights : public Weights {
   std::vector<LayerWeights> layers;
   std::vector<MtpWeights> mtp;  // none or one
 };
+
+// Bytes of one routed expert, gate_up then down.
+size_t ExpertBytes(const ModelConfig& config, WeightFormat format);
+// Reads and packs one routed expert of a layer, as tensors are numbered, into `memory` of ExpertBytes.
+// Calling thread.
+StatusOr<FfnWeights> LoadExpert(const TensorSource& source, const CpuWeights& weights, int32_t layer,
+                                int32_t expert, std::span<std::byte> memory);
 
 }  // namespace millrace::engine

@@ -86,6 +86,8 @@ struct KernelTable {
   void (*quantize)(const float* x, int32_t count, int8_t* values, ActivationGroup* groups);
   // gate_up: [count / 16][gate 16, up 16]; out[i] = silu(gate[i]) * up[i]. count is a multiple of 16.
   void (*swiglu)(const float* gate_up, int32_t count, float* out);
+  // y += scale * x, with the rounding of a gemm's `scale`.
+  void (*add_scaled)(const float* x, float scale, int32_t count, float* y);
   // One group of 16 rows of weights, rows[r][64], into its place in a strip: 1024 or 512 bytes of codes and
   // 16 bf16 scales, the same on every set. A row with an infinity or a NaN becomes zeros.
   void (*pack_int8)(const float* const* rows, char* codes, uint16_t* scales);

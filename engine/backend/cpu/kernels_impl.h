@@ -181,6 +181,12 @@ inline void SwiGlu(const float* gate_up, int32_t count, float* out) {
   }
 }
 
+inline void AddScaled(const float* x, float scale, int32_t count, float* y) {
+  int32_t i = 0;
+  for (; i + kStripRows <= count; i += kStripRows) Store(y + i, Load(y + i) + Load(x + i) * scale);
+  for (; i < count; ++i) y[i] = y[i] + x[i] * scale;
+}
+
 using Pack = void(const float* const* rows, char* codes, uint16_t* scales);
 inline constexpr KernelTable MakeTable(const char* name, void (*int8)(const GemmArgs&),
                                        void (*int4)(const GemmArgs&), Pack* pack_int8, Pack* pack_int4) {
@@ -192,6 +198,7 @@ inline constexpr KernelTable MakeTable(const char* name, void (*int8)(const Gemm
           RmsNorm,
           Quantize,
           SwiGlu,
+          AddScaled,
           pack_int8,
           pack_int4};
 }

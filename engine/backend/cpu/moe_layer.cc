@@ -53,7 +53,7 @@ void ParallelGemm(ThreadPool& pool, const KernelTable& kernels, const PackedMatr
 }
 
 FfnRunner::FfnRunner(const ModelConfig& config, const KernelTable& kernels, WeightFormat format,
-                     int32_t rows_max, ThreadPool& pool)
+                     int32_t rows_max, ThreadPool& pool, ExpertGroup* group)
     : config_(config),
       shape_(MakeRouterShape(config)),
       kernels_(kernels),
@@ -62,13 +62,22 @@ FfnRunner::FfnRunner(const ModelConfig& config, const KernelTable& kernels, Weig
       router_logits_(FloatRows(rows_max, config.num_experts)),
       inner_([&] {
         const auto rows = static_cast<size_t>(rows_max);
-        const size_t moe = static_cast<size_t>(config.experts_per_token) *
+        // All rows of all ranks may choose this rank's experts.
+        const size_t ranks = group == nullptr ? 1 : static_cast<size_t>(group->shape().num_ranks);
+        const size_t moe = static_cast<size_t>(config.experts_per_token) * ranks *
                                ActivationBytes(format, config.moe_intermediate_size) +
                            ActivationBytes(format, config.shared_intermediate_size);
         return rows * std::max(moe, ActivationBytes(format, config.intermediate_size));
-      }()) {
+      }()),
+      group_(group),
+      shared_(FloatRows(group == nullptr || config.shared_intermediate_size == 0 ? 0 : rows_max,
+                        config.hidden_size)) {
   const auto rows = static_cast<size_t>(rows_max);
   const size_t slots = rows * static_cast<size_t>(config.experts_per_token);
+  if (group != nullptr) {
+    products_.resize(slots);
+    order_.resize(slots);
+  }
   expert_ids_.resize(slots);
   expert_weights_.resize(slots);
   router_scratch_.assign(static_cast<size_t>(pool.num_threads()),
@@ -87,18 +96,22 @@ FfnRunner::FfnRunner(const ModelConfig& config, const KernelTable& kernels, Weig
 void FfnRunner::Run(const LayerWeights& layer, std::span<const void* const> normed,
                     std::span<const void* const> x, std::span<float* const> residual, const Trace& trace) {
   if (x.empty()) return;
-  jobs_.clear();
-  in_rows_.clear();
-  inner_rows_.clear();
-  out_rows_.clear();
-  row_scales_.clear();
-  inner_used_ = 0;
+  ClearJobs();
   if (layer.moe) {
     Route(layer, normed, trace);
     GroupByExpert(layer, x, residual);
   }
   if (layer.ffn.width > 0) AddJob(layer.ffn, x, residual);
   RunJobs();
+}
+
+void FfnRunner::ClearJobs() {
+  jobs_.clear();
+  in_rows_.clear();
+  inner_rows_.clear();
+  out_rows_.clear();
+  row_scales_.clear();
+  inner_used_ = 0;
 }
 
 void FfnRunner::Route(const LayerWeights& layer, std::span<const void* const> normed, const Trace& trace) {
@@ -156,12 +169,12 @@ void FfnRunner::AddJob(const FfnWeights& ffn, std::span<const void* const> x,
   for (size_t t = 0; t < x.size(); ++t) AddRow(x[t], residual[t], 1.0f, inner_bytes);
 }
 
-void FfnRunner::AddRow(const void* x, float* residual, float scale, size_t inner_bytes) {
+void FfnRunner::AddRow(const void* x, float* out, std::optional<float> scale, size_t inner_bytes) {
   MR_CHECK(inner_used_ + inner_bytes <= inner_.size());
   in_rows_.push_back(x);
   inner_rows_.push_back(inner_.data() + inner_used_);
-  out_rows_.push_back(residual);
-  row_scales_.push_back(scale);
+  out_rows_.push_back(out);
+  if (scale.has_value()) row_scales_.push_back(*scale);
   inner_used_ += inner_bytes;
 }
 
@@ -239,7 +252,7 @@ void FfnRunner::Down(int32_t strip_begin, int32_t strip_end, const char* next) {
     args.x = inner_rows_.data() + job.first;
     args.y = out_rows_.data() + job.first;
     args.y_offset = int64_t{strip_begin} * kStripRows;
-    args.scale = row_scales_.data() + job.first;
+    args.scale = row_scales_.empty() ? nullptr : row_scales_.data() + job.first;
     args.tokens = job.count;
     if (j + 1 < jobs_.size()) {
       const PackedMatrix& following = jobs_[j + 1].ffn->down;

@@ -10,12 +10,14 @@
 // order.
 
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "engine/backend/cpu/activations.h"
 #include "engine/backend/cpu/cpu_weights.h"
 #include "engine/backend/cpu/thread_pool.h"
+#include "engine/moe/expert_group.h"
 #include "engine/moe/router.h"
 
 namespace millrace::engine {
@@ -28,8 +30,9 @@ void ParallelGemm(ThreadPool& pool, const KernelTable& kernels, const PackedMatr
 // Holds the scratch memory of one backend; sized once. One step at a time.
 class FfnRunner {
  public:
+  // `group` is null for a single process; borrowed.
   FfnRunner(const ModelConfig& config, const KernelTable& kernels, WeightFormat format, int32_t rows_max,
-            ThreadPool& pool);
+            ThreadPool& pool, ExpertGroup* group = nullptr);
 
   // Called with each row's chosen experts.
   using Trace = std::function<void(int32_t row, std::span<const int32_t> experts)>;
@@ -37,6 +40,13 @@ class FfnRunner {
   // weights' format. `trace` may be empty.
   void Run(const LayerWeights& layer, std::span<const void* const> normed, std::span<const void* const> x,
            std::span<float* const> residual, const Trace& trace);
+
+  // The same for an MoE layer of a group, whose MoE layers are counted by `index`: rows go to the ranks that
+  // hold their experts, x may be empty. `experts` are those that this rank holds now. moe_group.cc. An error
+  // is the group's.
+  Status RunInGroup(const LayerWeights& layer, std::span<const FfnWeights> experts, int32_t index,
+                    std::span<const void* const> normed, std::span<const void* const> x,
+                    std::span<float* const> residual, const Trace& trace);
 
  private:
   // Rows that one FFN (an expert, the shared expert, a dense layer) works on.
@@ -56,8 +66,12 @@ class FfnRunner {
   void GroupByExpert(const LayerWeights& layer, std::span<const void* const> x,
                      std::span<float* const> residual);
   void AddJob(const FfnWeights& ffn, std::span<const void* const> x, std::span<float* const> residual);
-  void AddRow(const void* x, float* residual, float scale, size_t inner_bytes);
+  void AddRow(const void* x, float* out, std::optional<float> scale, size_t inner_bytes);
+  void ClearJobs();
   void RunJobs();
+  void SendRows(int32_t index, std::span<const void* const> x);
+  void TakeRows(std::span<const FfnWeights> experts);
+  void AddProducts(std::span<float* const> residual, bool shared);
   void GateUp(const Unit& unit, const char* next, int thread);
   void Down(int32_t strip_begin, int32_t strip_end, const char* next);
 
@@ -76,12 +90,18 @@ class FfnRunner {
   std::vector<const void*> in_rows_;
   std::vector<void*> inner_rows_;
   std::vector<float*> out_rows_;
-  std::vector<float> row_scales_;
+  std::vector<float> row_scales_;  // none: products go to out_rows_ as they are
   AlignedBytes inner_;  // SwiGLU's result of every (row, FFN) of the step, in the format that down wants
   size_t inner_used_ = 0;
   std::vector<Rows> gate_up_;  // per thread: [unit rows, 128]
   std::vector<Job> jobs_;
   std::vector<Unit> units_;
+
+  // In a group.
+  ExpertGroup* const group_;
+  Rows shared_;                         // [rows, hidden]: the shared expert's products
+  std::vector<const float*> products_;  // [rows, top_k]: of every chosen expert
+  std::vector<int32_t> order_;          // [rows, top_k]: slots by ascending expert
 };
 
 }  // namespace millrace::engine

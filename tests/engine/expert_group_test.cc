@@ -1,0 +1,177 @@
+// Expert groups on one host: the same bits as a single process, whoever holds an expert and however many
+// ranks there are; experts that move while they are used; members that are lost.
+#include <gtest/gtest.h>
+
+#include <barrier>
+#include <bit>
+#include <filesystem>
+#include <thread>
+
+#include "tests/engine/expert_group_rig.h"
+#include "tests/engine/tiny_model.h"
+
+namespace millrace::engine {
+namespace {
+
+#ifdef MILLRACE_SANITIZED
+constexpr int kSteps = 15;
+#else
+constexpr int kSteps = 60;
+#endif
+
+// Steps as far as `digests` go, joins the others' passes until all are done.
+void RunRank(GroupRank& rank, int number, const GroupCase& c, const std::vector<uint64_t>& expected,
+             std::atomic<int>& left) {
+  GroupScript script(static_cast<uint64_t>(number) + 1, c.v2);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const StatusOr<uint64_t> digest = script.Next(*rank.backend);
+    ASSERT_TRUE(digest.ok()) << digest.status();
+    ASSERT_EQ(*digest, expected[i]) << "rank " << number << ", step " << i;
+  }
+  --left;
+  while (left > 0) {
+    if (!rank.backend->JoinWanted()) {
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+      continue;
+    }
+    const auto output = rank.backend->Forward({}, {});
+    ASSERT_TRUE(output.ok()) << output.status();
+  }
+}
+
+class ExpertGroupTest : public ::testing::TestWithParam<std::tuple<int, bool, int>> {};
+
+TEST_P(ExpertGroupTest, RanksComputeWhatOneProcessDoes) {
+  const auto [ranks, v2, format] = GetParam();
+  GroupCase c;
+  c.v2 = v2;
+  if (format > 0) c.precision = Precision::kBfloat16;
+  if (format == 2) c.quantization = Quantization::kInt8;
+  if (format == 3) c.quantization = Quantization::kInt4;
+  const TempDirectory directory;
+  const RandomTensors source(11);
+  const auto expected = Expected(c, source, ranks, kSteps);
+  std::atomic<int> left = ranks;
+  std::vector<std::jthread> threads;
+  for (int r = 0; r < ranks; ++r) {
+    threads.emplace_back([&, r] {
+      auto rank = StartRank(c, source, directory.path(), r, ranks, /*redundant=*/ranks > 2 ? 1 : 0);
+      ASSERT_TRUE(rank.ok()) << rank.status();
+      // Rank 1 has nothing to do but to join.
+      std::vector<uint64_t> mine = expected[static_cast<size_t>(r)];
+      if (r == 1 && ranks == 4) mine.clear();
+      RunRank(*rank, r, c, mine, left);
+    });
+  }
+}
+
+std::string CaseName(const ::testing::TestParamInfo<std::tuple<int, bool, int>>& info) {
+  const char* const formats[] = {"Float32", "Bf16", "Int8", "Int4"};
+  return fmt::format("{}Ranks{}{}", std::get<0>(info.param), std::get<1>(info.param) ? "V2" : "V1",
+                     formats[std::get<2>(info.param)]);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ExpertGroupTest,
+                         ::testing::Combine(::testing::Values(1, 2, 4), ::testing::Bool(),
+                                            ::testing::Values(0, 1, 2, 3)),
+                         CaseName);
+
+// Experts wander while ranks compute: the leader evens out a load that is as random as the router, again and
+// again.
+TEST(ExpertGroup, ExpertsMoveWhileServing) {
+  const GroupCase c;
+  const TempDirectory directory;
+  const RandomTensors source(11);
+  constexpr int kRanks = 3;
+  const auto expected = Expected(c, source, kRanks, 4 * kSteps);
+  std::atomic<int> left = kRanks;
+  std::atomic<int> moved = 0;
+  std::vector<std::jthread> threads;
+  for (int r = 0; r < kRanks; ++r) {
+    threads.emplace_back([&, r] {
+      CpuGroupOptions options;
+      options.rebalance_every = std::chrono::milliseconds(20);
+      options.slots_per_layer = 8;
+      auto rank = StartRank(c, source, directory.path(), r, kRanks, /*redundant=*/1, options);
+      ASSERT_TRUE(rank.ok()) << rank.status();
+      const std::vector<LayerPlacement> before = rank->group->HeldNow();
+      const uint32_t epoch = rank->group->epoch();
+      RunRank(*rank, r, c, expected[static_cast<size_t>(r)], left);
+      // Until all have seen it: the mover's turn comes when the ranks leave it some time.
+      const TimePoint until = Clock::System().Now() + std::chrono::seconds(60);
+      bool seen = false;
+      while (moved < kRanks && Clock::System().Now() < until) {
+        if (!seen && rank->group->HeldNow() != before) {
+          seen = true;
+          EXPECT_EQ(rank->group->epoch(), epoch) << "a rank was lost";
+          ++moved;
+        }
+        if (!rank->backend->JoinWanted()) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        } else {
+          ASSERT_TRUE(rank->backend->Forward({}, {}).ok());
+        }
+      }
+      for (const LayerPlacement& layer : rank->group->HeldNow()) {
+        for (const RankMask holders : layer) EXPECT_NE(holders, 0U);
+      }
+    });
+  }
+  threads.clear();
+  EXPECT_EQ(moved, kRanks);
+}
+
+// A rank goes in the middle of the others' steps, and comes back: they go on, and nothing that they compute
+// changes.
+TEST(ExpertGroup, RanksLeaveAndComeBack) {
+  const GroupCase c;
+  const TempDirectory directory;
+  const RandomTensors source(11);
+  constexpr int kRanks = 3;
+  const auto expected = Expected(c, source, kRanks, 4 * kSteps);
+  std::atomic<int> left = kRanks;
+  std::vector<std::jthread> threads;
+  for (int r = 0; r < kRanks; ++r) {
+    threads.emplace_back([&, r] {
+      auto rank = StartRank(c, source, directory.path(), r, kRanks, 0);
+      ASSERT_TRUE(rank.ok()) << rank.status();
+      if (r == 1) {
+        for (int round = 0; round < 3; ++round) {
+          GroupScript script(2, c.v2);
+          for (int i = 0; i < kSteps / 3; ++i) {
+            const auto digest = script.Next(*rank->backend);
+            ASSERT_TRUE(digest.ok()) << digest.status();
+            ASSERT_EQ(*digest, expected[1][static_cast<size_t>(i)]);
+          }
+          rank->backend.reset();
+          rank->group.reset();
+          rank = StartRank(c, source, directory.path(), r, kRanks, 0);
+          ASSERT_TRUE(rank.ok()) << rank.status();
+        }
+      }
+      RunRank(*rank, r, c, expected[static_cast<size_t>(r)], left);
+    });
+  }
+}
+
+TEST(ExpertGroup, RefusesWhoDoesNotFit) {
+  const GroupCase c;
+  const TempDirectory directory;
+  const RandomTensors source(11);
+  auto first = StartRank(c, source, directory.path(), 0, 1, 0);
+  ASSERT_TRUE(first.ok()) << first.status();
+  const auto twice = StartRank(c, source, directory.path(), 0, 1, 0);
+  EXPECT_EQ(twice.status().code(), absl::StatusCode::kFailedPrecondition) << twice.status();
+  EXPECT_NE(Message(twice.status()).find("rank 0 runs already"), std::string::npos) << twice.status();
+  GroupCase other = c;
+  other.quantization = Quantization::kInt8;
+  const auto another = StartRank(other, source, directory.path(), 1, 2, 0);
+  EXPECT_EQ(another.status().code(), absl::StatusCode::kFailedPrecondition) << another.status();
+  EXPECT_NE(Message(another.status()).find("weight format"), std::string::npos) << another.status();
+  first = Unavailable("gone");
+  EXPECT_TRUE(
+      StartRank(other, source, directory.path(), 0, 1, 0).ok());  // what was left behind does not matter
+}
+
+}  // namespace
+}  // namespace millrace::engine
