@@ -6,10 +6,11 @@
 #include <ctime>
 #include <filesystem>
 
+#include "base/digest.h"
 #include "base/log.h"
 #include "engine/backend/cpu/cpu_backend.h"
 #include "engine/backend/cuda/cuda_backend.h"
-#include "engine/model/checkpoint.h"
+#include "engine/moe/shm_group.h"
 
 namespace millrace::server {
 namespace {
@@ -64,9 +65,14 @@ namespace {
 StatusOr<std::shared_ptr<const engine::Weights>> LoadWeights(const engine::Checkpoint& checkpoint,
                                                              const engine::ModelConfig& config,
                                                              const std::string& digest,
-                                                             const ModelOptions& options) {
+                                                             const ModelOptions& options,
+                                                             const GroupOptions& group) {
   MR_ASSIGN_OR_RETURN(const engine::Precision precision, engine::ParsePrecision(options.precision));
   if (options.backend == "cuda") {
+    if (group.ranks > 1) {
+      return InvalidArgument("--ranks {}: expert groups compute on the CPU; --backend cuda is one GPU",
+                             group.ranks);
+    }
     if (precision != engine::Precision::kBfloat16) {
       return InvalidArgument("--backend cuda computes in bfloat16; --precision {} is for the CPU",
                              options.precision);
@@ -87,6 +93,18 @@ StatusOr<std::shared_ptr<const engine::Weights>> LoadWeights(const engine::Check
   load.progress = LoadBar();
   load.cache_directory = options.weight_cache;
   load.source_digest = digest + checkpoint.files_identity();
+  engine::LayerPlacement placement;
+  if (group.ranks > 1) {
+    if (group.ranks > config.num_experts) {
+      return InvalidArgument("--ranks {}: the model has {} experts", group.ranks, config.num_experts);
+    }
+    placement = engine::InitialPlacement(config.num_experts, group.ranks, group.redundant_experts);
+    load.holds = [&placement, rank = group.rank](int32_t, int32_t expert) {
+      return (placement[static_cast<size_t>(expert)] >> rank & 1) != 0;
+    };
+    load.source_digest +=
+        fmt::format("|rank {} of {}, {} redundant", group.rank, group.ranks, group.redundant_experts);
+  }
   return engine::LoadCpuWeights(checkpoint, config, load);
 }
 
@@ -95,9 +113,27 @@ bool UsesMtp(const LoadedModel& model, const ModelOptions& options) {
   return options.backend == "cpu" && options.speculate == "auto" && model.config.num_mtp_layers > 0;
 }
 
-// A backend with `num_pages` pages over the model's weights.
+// Joins the other ranks; waits until all are there.
+StatusOr<std::unique_ptr<engine::ExpertGroup>> JoinGroup(const LoadedModel& model,
+                                                         const GroupOptions& options,
+                                                         const engine::CpuBackendOptions& backend) {
+  const uint64_t digest = Xxh3(AsBytes(model.digest));
+  engine::ShmGroupOptions join;
+  join.directory = options.directory;
+  join.rank = options.rank;
+  MR_ASSIGN_OR_RETURN(join.shape, engine::CpuGroupShape(*model.weights, backend, options.ranks, digest));
+  join.held.assign(
+      static_cast<size_t>(join.shape.num_layers),
+      engine::InitialPlacement(model.config.num_experts, options.ranks, options.redundant_experts));
+  join.stall_max = std::chrono::duration_cast<Duration>(std::chrono::duration<double>(options.stall_max));
+  LogInfo("rank {} of {}: waiting for the others in {}", options.rank, options.ranks, options.directory);
+  return engine::JoinShmGroup(join);
+}
+
+// A backend with `num_pages` pages over the model's weights. A rank of a group joins it.
 StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model, const ModelOptions& options,
-                                                       int32_t num_pages) {
+                                                       const GroupOptions& group_options, int32_t num_pages,
+                                                       std::unique_ptr<engine::ExpertGroup>* group) {
   if (options.backend == "cuda") {
     engine::CudaBackendOptions backend;
     backend.num_pages = num_pages;
@@ -112,15 +148,25 @@ StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model,
   backend.logit_rows_max = options.running_max + engine::kScoredRowsMax;
   backend.with_mtp = UsesMtp(model, options);
   MR_ASSIGN_OR_RETURN(backend.isa, engine::ParseIsa(options.isa));
+  if (group_options.ranks > 1) {
+    MR_ASSIGN_OR_RETURN(*group, JoinGroup(model, group_options, backend));
+    backend.group.group = group->get();
+    backend.group.source = model.checkpoint.get();
+    backend.group.slots_per_layer =
+        (model.config.num_experts + group_options.ranks - 1) / group_options.ranks +
+        group_options.redundant_experts;
+    backend.group.rebalance_every =
+        std::chrono::duration_cast<Duration>(std::chrono::duration<double>(group_options.rebalance_every));
+  }
   return engine::MakeCpuBackend(model.weights, backend);
 }
 
 }  // namespace
 
-StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
+StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const GroupOptions& group) {
   LoadedModel model;
   MR_ASSIGN_OR_RETURN(model.config, engine::LoadModelConfig(options.model));
-  MR_ASSIGN_OR_RETURN(const auto checkpoint, engine::Checkpoint::Open(options.model));
+  MR_ASSIGN_OR_RETURN(auto checkpoint, engine::Checkpoint::Open(options.model));
   std::vector<std::string> unused;
   MR_RETURN_IF_ERROR(engine::CheckTensors(*checkpoint, &model.config, &unused));
   if (!unused.empty()) LogWarning("{} tensors are not used, e.g. {}", unused.size(), unused.front());
@@ -130,7 +176,8 @@ StatusOr<LoadedModel> LoadModel(const ModelOptions& options) {
                            model.tokenizer->size(), model.config.vocab_size);
   }
   model.digest = engine::ModelDigest(*checkpoint, model.config);
-  MR_ASSIGN_OR_RETURN(model.weights, LoadWeights(*checkpoint, model.config, model.digest, options));
+  MR_ASSIGN_OR_RETURN(model.weights, LoadWeights(*checkpoint, model.config, model.digest, options, group));
+  if (group.ranks > 1) model.checkpoint = std::move(checkpoint);
   model.name = ModelName(options.model, options.model_name);
   LogInfo("model {}: {} layers, {} tokens of context, {:.1f} MB of weights, digest {}", model.name,
           model.config.num_layers, model.config.max_position,
@@ -158,9 +205,9 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
     return InvalidArgument("--kv-memory {} holds {} pages of {} bytes; at least 2 are needed",
                            options.kv_memory, pages, page.page_bytes());
   }
-  MR_ASSIGN_OR_RETURN(auto backend, MakeBackend(model, options, static_cast<int32_t>(pages)));
-
   HostedWorker hosted;
+  MR_ASSIGN_OR_RETURN(auto backend, MakeBackend(model, options, worker_options.group,
+                                                static_cast<int32_t>(pages), &hosted.group));
   engine::EngineOptions engine_options;
   engine_options.batch_tokens_max = options.batch_tokens_max;
   engine_options.running_max = options.running_max;
@@ -192,6 +239,7 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
   service.spans = worker_options.spans;
   service.peers = worker_options.peers;
   service.tokenizer = model.tokenizer.get();
+  service.group = hosted.group.get();
   MR_ASSIGN_OR_RETURN(hosted.worker, Worker::Start(service, hosted.engine.get(), hosted.transfer.get()));
   static constexpr const char* kRoleNames[] = {"prefill", "decode", "prefill and decode"};
   LogInfo("{} worker on {}: {}, {} KV pages of 64 tokens ({:.0f} MB)",

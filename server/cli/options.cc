@@ -8,6 +8,8 @@
 namespace millrace::server {
 namespace {
 
+constexpr int kRanksMax = 32;  // of a group on one host
+
 // CLI11 reads INI by itself; this makes --config a JSON object whose keys are the flags of the command that
 // was given.
 class JsonConfig : public CLI::Config {
@@ -128,6 +130,44 @@ void AddModel(CLI::App* command, ModelOptions& model) {
           "auto: let the checkpoint's MTP layer, if any, propose tokens where that is faster; off: never. "
           "The same on prefill and decode workers")
       ->check(CLI::IsMember({"auto", "off"}))
+      ->capture_default_str();
+}
+
+void AddGroup(CLI::App* command, GroupOptions& group) {
+  command
+      ->add_option(
+          "--ranks", group.ranks,
+          "Hold the model in so many processes: each has requests and KV pages of its own and a part of "
+          "the experts. Rank i listens on the ports of --listen and --metrics-listen plus i; a gateway "
+          "needs the address of one")
+      ->check(CLI::Range(1, kRanksMax))
+      ->capture_default_str();
+  command
+      ->add_option("--rank", group.rank,
+                   "Be this one of --ranks, on the ports as they are given (default: start all of them here, "
+                   "and start "
+                   "again what ends)")
+      ->check(CLI::Range(0, kRanksMax - 1));
+  command->add_option(
+      "--group-directory", group.directory,
+      "Directory on tmpfs through which the ranks exchange rows; needed with --rank (default: one of "
+      "its own in /dev/shm)");
+  command
+      ->add_option("--redundant-experts", group.redundant_experts,
+                   "Experts per layer that each rank holds beyond its share: copies of busy ones, and what a "
+                   "lost rank "
+                   "had")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--rebalance-every", group.rebalance_every,
+                   "Seconds between two looks whether the ranks' load can be more even; 0 = never")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--rank-stall-max", group.stall_max,
+                   "Seconds that the others wait for a rank's part of a step until they go on without it")
+      ->check(CLI::PositiveNumber)
       ->capture_default_str();
 }
 
@@ -284,6 +324,7 @@ CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options) {
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   AddModel(command, options.model);
+  AddGroup(command, options.group);
   command
       ->add_option("--stall-max", options.stall_max,
                    "Seconds that one step may take until the worker gives up what it runs")

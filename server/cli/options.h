@@ -32,6 +32,16 @@ struct ModelOptions {
   double token_gap_ms = 200;
 };
 
+// A worker that is one of several processes which hold a model together.
+struct GroupOptions {
+  int ranks = 1;
+  int rank = -1;          // -1: start all of them
+  std::string directory;  // on tmpfs, common to the ranks
+  int32_t redundant_experts = 0;
+  double rebalance_every = 30;  // seconds; 0 = never
+  double stall_max = 20;        // seconds
+};
+
 struct HttpOptions {
   std::string listen = "127.0.0.1:8000";
   int http_threads = 1;
@@ -88,6 +98,7 @@ struct WorkerCommandOptions {
   LogOptions log;
   TraceOptions trace;
   ModelOptions model;
+  GroupOptions group;
   PeerTlsCommandOptions peer;
   std::string role = "both";
   std::string listen = "127.0.0.1:7001";

@@ -13,6 +13,7 @@
 #include "base/net.h"
 #include "server/cli/commands.h"
 #include "server/cli/host.h"
+#include "server/cli/ranks.h"
 #include "server/gateway/gateway.h"
 #include "server/gateway/vllm_names.h"
 #include "server/router/membership.h"
@@ -261,9 +262,10 @@ Status ServeWorker(const WorkerCommandOptions& options, const std::string& effec
       const auto traces,
       StartTraces(options.trace, "millrace-" + (options.role == "both" ? "worker" : options.role), &metrics));
   HostedWorkerOptions worker;
+  worker.group = options.group;
   MR_ASSIGN_OR_RETURN(worker.peers,
                       MakePeerCredentials({options.peer.ca, options.peer.cert, options.peer.key}));
-  MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
+  MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model, options.group));
   worker.role = options.role == "prefill"  ? WorkerRole::kPrefill
                 : options.role == "decode" ? WorkerRole::kDecode
                                            : WorkerRole::kBoth;
@@ -304,7 +306,14 @@ int RunGateway(const GatewayCommandOptions& options, const std::string& effectiv
 }
 
 int RunWorker(const WorkerCommandOptions& options, const std::string& effective) {
-  const Status status = ServeWorker(options, effective);
+  const GroupOptions& group = options.group;
+  if (group.rank >= group.ranks)
+    return Fail(InvalidArgument("--rank {}: with --ranks {} it is 0 to {}", group.rank, group.ranks,
+                                group.ranks - 1));
+  if (group.ranks > 1 && group.rank >= 0 && group.directory.empty())
+    return Fail(InvalidArgument("--rank needs --group-directory, the same for all ranks"));
+  const auto serve = [&](const WorkerCommandOptions& rank) { return ServeWorker(rank, effective); };
+  const Status status = group.ranks > 1 && group.rank < 0 ? RunRanks(options, serve) : serve(options);
   return status.ok() ? 0 : Fail(status);
 }
 

@@ -2,6 +2,8 @@
 
 #include <prometheus/text_serializer.h>
 
+#include <bit>
+
 #include "server/gateway/assets.h"
 #include "server/gateway/fields.h"
 #include "server/gateway/vllm_names.h"
@@ -34,6 +36,20 @@ Json PathsJson(const WorkerSnapshot& worker) {
                      {"delay_seconds", path.delay_seconds}});
   }
   return paths;
+}
+
+// What a rank of an expert group said of it; null for a worker by itself.
+Json GroupJson(const WorkerSnapshot& worker) {
+  if (worker.group == nullptr) return nullptr;
+  const WorkerGroup& group = *worker.group;
+  return {{"rank", group.rank},
+          {"ranks", group.ranks},
+          {"ranks_alive", std::popcount(group.alive)},
+          {"epoch", group.epoch},
+          {"experts_held", group.experts_held},
+          {"imbalance", group.imbalance},
+          {"expert_load", group.expert_load},
+          {"rank_load", group.rank_load}};
 }
 
 PlainAnswer Answered(const Json& body) { return PlainAnswer{DumpJson(body)}; }
@@ -138,6 +154,7 @@ ApiResult<PlainAnswer> State(GatewayContext& context) {
                        {"open_tickets", worker.open_tickets},
                        {"draining_tickets", worker.draining_tickets},
                        {"transfers", worker.transfers},
+                       {"group", GroupJson(worker)},
                        {"paths", PathsJson(worker)}});
   }
   const Admission::Counts counts = context.admission.counts();

@@ -27,6 +27,20 @@ constexpr Duration kSilenceCheckEvery = std::chrono::milliseconds(250);
 
 TimePoint Now() { return std::chrono::steady_clock::now(); }
 
+WorkerGroup GroupFromProto(const rpc::ExpertGroupState& state) {
+  WorkerGroup group;
+  group.rank = static_cast<int32_t>(state.rank());
+  group.ranks = static_cast<int32_t>(state.ranks());
+  group.epoch = state.epoch();
+  group.alive = state.alive();
+  group.ports.assign(state.ports().begin(), state.ports().end());
+  group.experts_held = static_cast<int32_t>(state.experts_held());
+  group.imbalance = state.imbalance();
+  group.expert_load.assign(state.expert_load().begin(), state.expert_load().end());
+  group.rank_load.assign(state.rank_load().begin(), state.rank_load().end());
+  return group;
+}
+
 WorkerSnapshot SnapshotFromProto(const std::string& address, const rpc::WorkerState& state) {
   WorkerSnapshot snapshot;
   snapshot.address = address;
@@ -71,6 +85,7 @@ WorkerSnapshot SnapshotFromProto(const std::string& address, const rpc::WorkerSt
                      path.delay_seconds()});
   }
   snapshot.paths = std::make_shared<const std::vector<WorkerPath>>(std::move(paths));
+  if (state.has_group()) snapshot.group = std::make_shared<const WorkerGroup>(GroupFromProto(state.group()));
   return snapshot;
 }
 
@@ -214,13 +229,27 @@ class WatchedMembership final : public Membership {
     for (const auto& answer : answers_) {
       for (const HostPort& address : answer) addresses.insert(address.ToString());
     }
-    watcher_.Post([this, addresses = std::move(addresses)] { SetAddresses(addresses); });
+    watcher_.Post([this, addresses = std::move(addresses)] {
+      resolved_ = addresses;
+      SetAddresses();
+    });
     resolver_.PostAt(Now() + options_.resolve_every, [this] { ResolveAll(); });
   }
 
   // All below: watcher thread.
-  void SetAddresses(const std::set<std::string>& addresses) {
+  // Who was resolved, and the ranks of the expert groups that these belong to: a group is listed by any of
+  // its addresses.
+  void SetAddresses() {
     if (ending_) return;
+    std::set<std::string> addresses = resolved_;
+    for (auto it = ranks_.begin(); it != ranks_.end();) {
+      if (!resolved_.contains(it->first)) {
+        it = ranks_.erase(it);
+        continue;
+      }
+      addresses.insert(it->second.begin(), it->second.end());
+      ++it;
+    }
     for (auto it = members_.begin(); it != members_.end();) {
       if (addresses.contains(it->first)) {
         ++it;
@@ -287,6 +316,9 @@ class WatchedMembership final : public Membership {
       for (const uint64_t key : state.cache().removed()) keys.erase(key);
       keys.insert(state.cache().added().begin(), state.cache().added().end());
     }
+    if (snapshot.group != nullptr && resolved_.contains(address)) {
+      watcher_.Post([this, address, group = snapshot.group] { NoteRanks(address, *group); });
+    }
     Known& known = known_[address];
     if (!known.snapshot.connected || known.snapshot.ready != snapshot.ready) {
       LogInfo("worker {} is {}", address, snapshot.ready ? "ready" : "not ready");
@@ -296,6 +328,19 @@ class WatchedMembership final : public Membership {
       known.prefill_measured = known.heard;
     if (snapshot.token_gap.samples != known.snapshot.token_gap.samples) known.gap_measured = known.heard;
     known.snapshot = std::move(snapshot);
+  }
+
+  // Ranks that are not members now stay: they are started again where they were.
+  void NoteRanks(const std::string& address, const WorkerGroup& group) {
+    StatusOr<HostPort> rank = ParseHostPort(address);
+    std::set<std::string>& ranks = ranks_[address];
+    bool changed = false;
+    for (const uint32_t port : group.ports) {
+      if (!rank.ok() || port == 0 || port > UINT16_MAX) continue;
+      rank->port = static_cast<uint16_t>(port);
+      changed |= ranks.insert(rank->ToString()).second;
+    }
+    if (changed) SetAddresses();
   }
 
   void MarkLost(const std::string& address, Member* member, const std::string& why) {
@@ -339,6 +384,8 @@ class WatchedMembership final : public Membership {
 
   // Watcher thread.
   std::map<std::string, Member> members_;
+  std::set<std::string> resolved_;
+  std::map<std::string, std::set<std::string>> ranks_;  // by resolved address: the ranks of its group
   uint64_t next_generation_ = 0;
   bool ending_ = false;
   Random random_{RandomId()};

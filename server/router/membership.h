@@ -16,8 +16,9 @@
 namespace millrace::server {
 
 struct MembershipOptions {
-  // "host:port". A DNS name stands for all its addresses and is resolved again every `resolve_every`; losing
-  // DNS stops changes, never traffic: the last good answer stays.
+  // "host:port". One rank of an expert group stands for all; a DNS name stands for all its addresses and is
+  // resolved again every `resolve_every`; losing DNS stops changes, never traffic: the last good answer
+  // stays.
   std::vector<std::string> workers;
   Duration resolve_every = std::chrono::seconds(5);
   // A worker that says nothing for so long counts as lost: it says something every half second, however busy

@@ -36,6 +36,19 @@ struct WorkerLink {
   int32_t paths_up = 0;
 };
 
+// Of a worker that is one rank of an expert group.
+struct WorkerGroup {
+  int32_t rank = 0;
+  int32_t ranks = 0;
+  uint32_t epoch = 0;
+  uint32_t alive = 0;           // bit r: rank r
+  std::vector<uint32_t> ports;  // of the ranks, on this worker's host; 0: not known
+  int32_t experts_held = 0;
+  double imbalance = 0;  // 0 = not measured
+  std::vector<float> expert_load;
+  std::vector<float> rank_load;
+};
+
 // What the watch stream of one worker last said, plus whether that stream is alive and what became of
 // requests.
 struct WorkerSnapshot {
@@ -66,6 +79,7 @@ struct WorkerSnapshot {
   int32_t transfers = 0;  // requests of its transfer engine that are under way
   // Shared: every routed request copies the snapshots. Null before the first state.
   std::shared_ptr<const std::vector<WorkerPath>> paths;
+  std::shared_ptr<const WorkerGroup> group;  // null: it is a worker by itself
 };
 
 struct RouteRequest {

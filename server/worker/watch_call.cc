@@ -43,7 +43,7 @@ void AddLinks(const std::map<transfer::PeerId, uint64_t>& epochs, const transfer
   for (auto& [epoch, link] : links) *state->add_links() = std::move(link);
 }
 
-rpc::WorkerState StateOf(const WorkerContext& context) {
+rpc::WorkerState StateOf(WorkerContext& context) {
   const engine::EngineStats stats = context.engine->Stats();
   rpc::WorkerState state;
   state.set_role(RoleToProto(context.role));
@@ -65,6 +65,7 @@ rpc::WorkerState StateOf(const WorkerContext& context) {
   state.set_prefill_samples(speed.prefill_samples);
   state.set_token_gap_seconds(speed.token_gap_seconds);
   state.set_token_gap_samples(speed.token_gap_samples);
+  if (context.group != nullptr) *state.mutable_group() = context.group->Look(Now());
   for (std::string& address : context.prefill_health.Avoided()) state.add_avoids(std::move(address));
   return state;
 }

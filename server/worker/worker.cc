@@ -7,6 +7,7 @@
 #include <future>
 
 #include "base/log.h"
+#include "base/net.h"
 #include "server/rpc/channel.h"
 #include "server/rpc/convert.h"
 #include "server/rpc/task_thread.h"
@@ -97,6 +98,11 @@ class RunningWorker final : public Worker {
     MR_ASSIGN_OR_RETURN(
         server_, StartServer(&builder, context_.options.listen, context_.options.peers.server, &address_));
     SetHealthy();
+    // Watchers of one rank find the others.
+    if (engine::ExpertGroup* const group = context_.options.group; group != nullptr) {
+      MR_ASSIGN_OR_RETURN(const HostPort bound, ParseHostPort(address_));
+      group->Announce(static_cast<uint32_t>(bound.port));
+    }
     control_answered_ = Now();
     context_.heartbeat.Post([this] { Look(); });
     return OkStatus();
@@ -152,6 +158,7 @@ class RunningWorker final : public Worker {
         });
       });
     }
+    if (context_.group != nullptr) context_.group->Look(now);
     const Duration stall_max = context_.options.stall_max;
     const bool engine_stalled = !context_.engine->MakingProgress(stall_max);
     const bool stalled = engine_stalled || now - control_answered_ > stall_max;

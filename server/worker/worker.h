@@ -8,6 +8,7 @@
 #include "base/metrics.h"
 #include "base/status.h"
 #include "engine/core/engine.h"
+#include "engine/moe/expert_group.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "server/router/router.h"
 #include "server/rpc/peer_tls.h"
@@ -27,9 +28,10 @@ struct WorkerOptions {
   // aborted, so that it goes on elsewhere, and it is not ready until a step ends. Longer than the slowest
   // step there is.
   Duration stall_max = std::chrono::seconds(60);
-  PeerCredentials peers;       // of gateways and other workers
-  Metrics* metrics = nullptr;  // may be null; outlives the worker
-  SpanSink* spans = nullptr;   // likewise
+  PeerCredentials peers;                 // of gateways and other workers
+  Metrics* metrics = nullptr;            // may be null; outlives the worker
+  SpanSink* spans = nullptr;             // likewise
+  engine::ExpertGroup* group = nullptr;  // whose rank this worker is, or null; outlives it
   const engine::Tokenizer* tokenizer =
       nullptr;  // for constrained answers, which are refused without; outlives it
 };

@@ -74,6 +74,8 @@ WorkerContext::WorkerContext(const WorkerOptions& worker_options, const WorkerSe
       metrics(options.metrics),
       prefill_health({}, seams.control, seams.seed),
       role(options.role),
+      group(options.group == nullptr ? nullptr
+                                     : std::make_unique<GroupReporter>(options.group, options.metrics)),
       control(*seams.control),
       digest(*seams.digest),
       heartbeat(*seams.heartbeat),

@@ -20,6 +20,7 @@
 #include "engine/grammar/grammar_mask.h"
 #include "server/router/worker_health.h"
 #include "server/rpc/task_runner.h"
+#include "server/worker/group_report.h"
 #include "server/worker/worker.h"
 #include "server/worker/worker_metrics.h"
 #include "transfer/transfer.h"
@@ -141,6 +142,7 @@ struct WorkerContext {
   engine::RequestId next_id = 1;
   // Heartbeat thread.
   std::vector<WorkerCall*> watch_calls;
+  const std::unique_ptr<GroupReporter> group;  // null for a worker by itself
 
   // See WorkerSeams.
   TaskRunner& control;

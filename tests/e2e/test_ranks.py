@@ -1,0 +1,135 @@
+"""Expert groups: workers of several processes that hold the model together answer like one that holds it alone, and lose no
+answer when one of the processes dies."""
+
+import json
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+
+import harness
+
+
+def children(process):
+    pid = process.popen.pid
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def leftovers():
+    return set(pathlib.Path("/dev/shm").glob("millrace-*"))
+
+
+class Groups:
+    """One prefill worker and a decode group of three ranks, or as said; the gateway knows one address of each."""
+
+    def __init__(self, directory, model, prefill_ranks, decode_ranks):
+        self.processes = []
+        self.before = leftovers()
+        args = ["gateway", "--model", model, "--listen", "127.0.0.1:0"]
+        self.metrics = {}
+        for role, ranks in (("prefill", prefill_ranks), ("decode", decode_ranks)):
+            port, metrics = harness.free_port(), harness.free_port()
+            self.metrics[role] = metrics
+            process = harness.Process(directory, role, [
+                "worker", "--role", role, "--model", model, "--listen", f"127.0.0.1:{port}", "--metrics-listen",
+                f"127.0.0.1:{metrics}", "--threads", 1, "--kv-memory", "32MiB", "--batch-tokens-max", 256,
+                "--ranks", ranks, "--redundant-experts", 2 if ranks > 1 else 0, "--rebalance-every", 1])
+            self.processes.append(process)
+            args += [f"--{role}", f"127.0.0.1:{port}"]
+        for process in self.processes:
+            process.wait_started()
+        self.gateway = harness.Process(directory, "gateway", args).wait_started()
+        self.address = self.gateway.address
+        harness.wait_until(lambda: self.ready() == prefill_ranks + decode_ranks, 60, "all ranks at the gateway")
+
+    def workers(self):
+        return json.loads(harness.request(self.address, "GET", "/state")[2])["workers"]
+
+    def ready(self):
+        return sum(worker["connected"] and worker["ready"] for worker in self.workers())
+
+    def stop(self):
+        assert self.gateway.stop() == 0
+        for process in self.processes:
+            assert process.stop(60) == 0, process.output()[-3000:]
+        assert leftovers() <= self.before
+
+
+@pytest.fixture(scope="module")
+def groups(logs, model):
+    directory = logs / "groups"
+    directory.mkdir()
+    made = Groups(directory, model, prefill_ranks=2, decode_ranks=3)
+    yield made
+    made.stop()
+
+
+def test_answers_are_those_of_one_process(groups, server, make_prompt):
+    """Prefill and decode groups of different sizes, mixed lengths, greedy and seeded."""
+    asks = [dict(prompt=make_prompt(length, length), max_tokens=40, ignore_eos=True, temperature=temperature, seed=length)
+            for length in (5, 70, 200, 400) for temperature in (0, 0.9)]
+    expected = [harness.complete(server.address, **ask) for ask in asks]
+    answers = harness.in_threads([lambda ask=ask: harness.complete(groups.address, **ask) for ask in asks])
+    assert answers == expected
+
+
+def test_all_ranks_serve(groups, make_prompt):
+    harness.in_threads([lambda i=i: [harness.complete(groups.address, make_prompt(120, 10 * i + j), max_tokens=20)
+                                     for j in range(4)] for i in range(6)])
+    for i in range(3):
+        assert harness.metric(f"127.0.0.1:{groups.metrics['decode'] + i}", "millrace_worker_requests_total", kind="generate",
+                              outcome="OK") >= 2
+    decode = [worker["group"] for worker in groups.workers() if worker["role"] == "decode"]
+    assert sorted(group["rank"] for group in decode) == [0, 1, 2]
+    for group in decode:
+        assert group["ranks_alive"] == 3
+        # 4 MoE layers with the MTP layer; 11 experts and 2 more, or a little else once the load is known.
+        assert 4 * 11 <= group["experts_held"] <= 4 * 14
+    def load_is_told():
+        loads = [worker["group"]["expert_load"] for worker in groups.workers() if worker["role"] == "decode"]
+        return all(len(load) == 32 and abs(sum(load) - 1) < 1e-3 for load in loads)
+    harness.wait_until(load_is_told, 20, "the experts' load")
+    assert harness.metric(f"127.0.0.1:{groups.metrics['decode']}", "millrace_expert_group_ranks_alive") == 3
+
+
+def test_a_rank_is_killed(groups, make_prompt):
+    """Its requests go on elsewhere, those of the other ranks too, and it comes back."""
+    prompts = [make_prompt(60 + 20 * i, i) for i in range(6)]
+    ask = lambda prompt: harness.complete(groups.address, prompt, max_tokens=60, ignore_eos=True)
+    expected = [ask(prompt) for prompt in prompts]
+    decode = groups.processes[1]
+    stop = []
+
+    def load(i):
+        while not stop:
+            assert ask(prompts[i]) == expected[i]
+
+    def kill():
+        try:
+            for victim in range(3):
+                time.sleep(0.5)
+                before = children(decode)
+                os.kill(before[victim], signal.SIGKILL)
+                harness.wait_until(lambda: len(children(decode)) == 3 and before[victim] not in children(decode), 30,
+                                   "the rank's next process")
+                harness.wait_until(lambda: groups.ready() == 5, 60, "all ranks again")
+        finally:
+            stop.append(True)
+
+    harness.in_threads([lambda i=i: load(i) for i in range(6)] + [kill])
+    assert "is out: its process is gone" in decode.output()
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--ranks", 2, "--rank", 2, "--group-directory", "/dev/shm/millrace-x"], "--rank 2: with --ranks 2 it is 0 to 1"),
+    (["--ranks", 2, "--rank", 0], "--rank needs --group-directory"),
+    (["--ranks", 32, "--model", "/nowhere"], "rank"),
+])
+def test_bad_groups_are_refused(logs, model, args, said):
+    model_args = [] if "--model" in args else ["--model", model]
+    process = harness.Process(logs, f"bad-group-{len(args)}-{args[1]}", ["worker", *model_args, "--listen", "127.0.0.1:0", *args])
+    assert process.popen.wait(60) == 1
+    process.reader.join(5)
+    assert said in process.output()
