@@ -55,7 +55,7 @@ class Backend {
   // work.
   virtual bool JoinWanted() { return false; }
   // `wake` is called from any thread when that may have become true; an empty one takes it back.
-  virtual void OnJoinWanted(std::function<void()> /*wake*/) {}
+  virtual void OnJoinWanted(const std::function<void()>& /*wake*/) {}
   virtual std::string Describe() const = 0;  // "cpu, avx512, 2 threads, bf16"
 };
 

@@ -108,10 +108,10 @@ class CpuBackend : public Backend {
   }
 
   bool JoinWanted() override { return group_ != nullptr && (mover_->has_changes() || group_->JoinWanted()); }
-  void OnJoinWanted(std::function<void()> wake) override {
+  void OnJoinWanted(const std::function<void()>& wake) override {
     if (group_ == nullptr) return;
     mover_->OnChanges(wake);
-    group_->OnJoinWanted(std::move(wake));
+    group_->OnJoinWanted(wake);
   }
 
  private:

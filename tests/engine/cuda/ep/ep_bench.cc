@@ -1,5 +1,5 @@
 // ep_bench [FILE]: time and bytes of one exchange (dispatch, receive, return, combine; no experts between) on
-// Ling's shapes, several virtual ranks on one GPU and a rank per GPU if there are two; JSON to FILE.
+// Ling's shapes, several virtual ranks on one GPU and a rank per GPU if there are two or four; JSON to FILE.
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
@@ -319,24 +319,24 @@ int main(int argc, char** argv) {
   }
   int devices = 0;
   CUDA_OK(cudaGetDeviceCount(&devices));
-  devices = std::min(devices, 2);
-  if (devices == 2) {
-    for (int d = 0; d < 2; ++d) {
-      CUDA_OK(cudaSetDevice(d));
-      CUDA_OK(cudaDeviceEnablePeerAccess(1 - d, 0));
+  devices = devices >= 4 ? 4 : std::min(devices, 2);
+  for (int d = 0; d < devices; ++d) {
+    CUDA_OK(cudaSetDevice(d));
+    for (int peer = 0; peer < devices; ++peer) {
+      if (peer != d) CUDA_OK(cudaDeviceEnablePeerAccess(peer, 0));
     }
   }
   double ceilings[2];
-  MeasureCeilings(devices, ceilings);
+  MeasureCeilings(std::min(devices, 2), ceilings);
   std::printf("%s x %d: copy %.2f TB/s, GPU to GPU with both directions busy %.1f GB/s each\n",
               properties.name, devices, ceilings[0] / 1e12, ceilings[1] / 1e9);
   std::string entries;
   const auto run = [&](const Case& c) { entries += (entries.empty() ? "\n  " : ",\n  ") + Run(c, ceilings); };
   for (const EpPayload payload : {EpPayload::kE4m3, EpPayload::kBf16}) {
     for (const int rows : {1, 8, 32, 128, 512, 2048}) {
-      if (devices == 2) {
-        run({2, 2, rows, 2048, payload});
-        if (rows >= 128) run({2, 2, rows, 4096, payload});
+      for (int each = 2; each <= devices; each *= 2) {  // a rank per GPU
+        run({each, each, rows, 2048, payload});
+        if (rows >= 128) run({each, each, rows, 4096, payload});
       }
       run({2, 1, rows, 2048, payload});
       if (payload == EpPayload::kE4m3) run({4, 1, rows, 2048, payload});
