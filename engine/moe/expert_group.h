@@ -76,7 +76,10 @@ class ExpertGroup {
   virtual int32_t* outgoing_experts() = 0;
   virtual uint8_t* outgoing_owners() = 0;
   virtual Status Dispatch(int32_t num_rows) = 0;
-  virtual GroupRows From(int32_t rank) const = 0;  // no rows for a rank that is not alive
+  // No rows for a rank that is not alive. A rank that has been cast out without knowing it sees anything.
+  virtual GroupRows From(int32_t rank) const = 0;
+  // Membership is what it was when the pass began.
+  virtual bool current() const = 0;
   // Where the products for `home` go: [n, hidden_size] fp32, its (row, slot) pairs that this rank owns, in
   // order.
   virtual float* ProductsFor(int32_t home) = 0;
@@ -107,10 +110,10 @@ class ExpertGroup {
   virtual std::vector<uint64_t> Loads() const = 0;
   // Who holds what now, dead ranks left out; [layers] of [experts].
   virtual std::vector<LayerPlacement> HeldNow() const = 0;
-  // The lowest living rank leads: it says who shall hold what. Others read that; nothing while it has said
-  // none in this epoch.
+  // The lowest living rank leads: it says who shall hold what in an epoch. Others read that; nothing while it
+  // has said none in this one.
   virtual bool leads() const = 0;
-  virtual void SetTarget(std::span<const LayerPlacement> target) = 0;
+  virtual void SetTarget(uint32_t epoch, std::span<const LayerPlacement> target) = 0;
   virtual std::optional<std::vector<LayerPlacement>> Target() const = 0;
 };
 

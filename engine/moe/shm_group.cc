@@ -39,12 +39,12 @@ void Pause() {
 }
 
 template <typename T>
-T Relaxed(const T& value) {
-  return std::atomic_ref<T>(const_cast<T&>(value)).load(std::memory_order_relaxed);
+T Get(const T& value) {
+  return std::atomic_ref<T>(const_cast<T&>(value)).load(std::memory_order_acquire);
 }
 template <typename T>
-void StoreRelaxed(T& place, T value) {
-  std::atomic_ref<T>(place).store(value, std::memory_order_relaxed);
+void Put(T& place, T value) {
+  std::atomic_ref<T>(place).store(value, std::memory_order_release);
 }
 
 class ShmGroup final : public ExpertGroup {
@@ -130,20 +130,21 @@ class ShmGroup final : public ExpertGroup {
     const int32_t count = file.header().num_rows.load(std::memory_order_relaxed);
     return {std::clamp(count, 0, shape_.rows_max), file.rows(), file.experts(), file.owners()};
   }
+  bool current() const override { return EpochOf(control_->header().state.load()) == epoch_.load(); }
   float* ProductsFor(int32_t home) override { return own_->products(home); }
   Status Combine() override { return Exchange(); }
   const float* ProductsOf(int32_t owner) const override { return FileOf(owner).products(options_.rank); }
 
   RankMask Holders(int32_t layer, int32_t expert) const override { return holders_[Cell(layer, expert)]; }
   void SetHeld(int32_t layer, int32_t expert, bool held) override {
-    StoreRelaxed(own_->held()[Cell(layer, expert)], static_cast<uint8_t>(held ? 1 : 0));
+    Put(own_->held()[Cell(layer, expert)], static_cast<uint8_t>(held ? 1 : 0));
     own_->header().held_version.fetch_add(1, std::memory_order_relaxed);
     held_told_ = false;
   }
   void CountLoad(int32_t layer, std::span<const int32_t> experts) override {
     for (const int32_t expert : experts) {
       uint64_t& count = own_->loads()[Cell(layer, expert)];
-      StoreRelaxed(count, count + 1);
+      Put(count, count + 1);
     }
   }
 
@@ -158,7 +159,7 @@ class ShmGroup final : public ExpertGroup {
   std::vector<uint64_t> Loads() const override;
   std::vector<LayerPlacement> HeldNow() const override;
   bool leads() const override { return std::countr_zero(alive()) == options_.rank; }
-  void SetTarget(std::span<const LayerPlacement> target) override;
+  void SetTarget(uint32_t epoch, std::span<const LayerPlacement> target) override;
   std::optional<std::vector<LayerPlacement>> Target() const override;
 
  private:
@@ -356,7 +357,7 @@ void ShmGroup::LearnHolders() {
     if ((living_ & Bit(rank)) == 0) continue;
     const uint8_t* const held = FileOf(rank).held();
     for (size_t i = 0; i < holders_.size(); ++i) {
-      if (Relaxed(held[i]) != 0) holders_[i] |= Bit(rank);
+      if (Get(held[i]) != 0) holders_[i] |= Bit(rank);
     }
   }
   covered_ = std::find(holders_.begin(), holders_.end(), RankMask{0}) == holders_.end();
@@ -453,7 +454,7 @@ std::vector<uint64_t> ShmGroup::Loads() const {
   std::vector<uint64_t> sum(Cell(shape_.num_layers, 0));
   ForEachKnown([&](int32_t rank) {
     const uint64_t* const loads = FileOf(rank).loads();
-    for (size_t i = 0; i < sum.size(); ++i) sum[i] += Relaxed(loads[i]);
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += Get(loads[i]);
   });
   return sum;
 }
@@ -466,7 +467,7 @@ std::vector<LayerPlacement> ShmGroup::HeldNow() const {
     const uint8_t* const theirs = FileOf(rank).held();
     for (int32_t l = 0; l < shape_.num_layers; ++l) {
       for (int32_t e = 0; e < shape_.num_experts; ++e) {
-        if (Relaxed(theirs[Cell(l, e)]) == 0) continue;
+        if (Get(theirs[Cell(l, e)]) == 0) continue;
         held[static_cast<size_t>(l)][static_cast<size_t>(e)] |= Bit(rank);
       }
     }
@@ -474,13 +475,13 @@ std::vector<LayerPlacement> ShmGroup::HeldNow() const {
   return held;
 }
 
-void ShmGroup::SetTarget(std::span<const LayerPlacement> target) {
+void ShmGroup::SetTarget(uint32_t epoch, std::span<const LayerPlacement> target) {
   RankHeader& own = own_->header();
   own.target_version.fetch_add(1);
-  own.target_epoch.store(epoch());
+  own.target_epoch.store(epoch);
   for (int32_t l = 0; l < shape_.num_layers; ++l) {
     for (int32_t e = 0; e < shape_.num_experts; ++e) {
-      StoreRelaxed(own_->target()[Cell(l, e)], target[static_cast<size_t>(l)][static_cast<size_t>(e)]);
+      Put(own_->target()[Cell(l, e)], target[static_cast<size_t>(l)][static_cast<size_t>(e)]);
     }
   }
   own.target_version.fetch_add(1);
@@ -500,10 +501,9 @@ std::optional<std::vector<LayerPlacement>> ShmGroup::Target() const {
                                      LayerPlacement(static_cast<size_t>(shape_.num_experts)));
   for (int32_t l = 0; l < shape_.num_layers; ++l) {
     for (int32_t e = 0; e < shape_.num_experts; ++e) {
-      target[static_cast<size_t>(l)][static_cast<size_t>(e)] = Relaxed(file.target()[Cell(l, e)]);
+      target[static_cast<size_t>(l)][static_cast<size_t>(e)] = Get(file.target()[Cell(l, e)]);
     }
   }
-  std::atomic_thread_fence(std::memory_order_acquire);
   if (file.header().target_version.load() != version) return std::nullopt;
   return target;
 }

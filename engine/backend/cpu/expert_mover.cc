@@ -154,14 +154,14 @@ void ExpertMover::Lead() {
     target_ = std::move(target);
     target_epoch_ = epoch;
     plans_.clear();
-    group_.SetTarget(target_);
+    group_.SetTarget(epoch, target_);
     return;
   }
   if (held != target_) return;  // one thing after another
   if (!plans_.empty()) {
     target_[static_cast<size_t>(plans_.back().layer)] = std::move(plans_.back().placement);
     plans_.pop_back();
-    group_.SetTarget(target_);
+    group_.SetTarget(epoch, target_);
     return;
   }
   const TimePoint now = Clock::System().Now();

@@ -18,7 +18,7 @@ Status FfnRunner::RunInGroup(const LayerWeights& layer, std::span<const FfnWeigh
   }
   MR_RETURN_IF_ERROR(group_->Dispatch(static_cast<int32_t>(x.size())));
   ClearJobs();
-  TakeRows(experts);
+  MR_RETURN_IF_ERROR(TakeRows(experts));
   const bool shared = layer.ffn.width > 0;
   if (shared && !x.empty()) {
     const size_t inner_bytes = ActivationBytes(format_, layer.ffn.width);
@@ -50,56 +50,61 @@ void FfnRunner::SendRows(int32_t index, std::span<const void* const> x) {
   });
 }
 
-// Counting sort by expert of the (row, slot) pairs of all ranks that this one owns: a job per expert, as in a
-// single process. Products lie in the order of the pairs, which their rank knows too.
-void FfnRunner::TakeRows(std::span<const FfnWeights> experts) {
-  const auto top_k = static_cast<size_t>(config_.experts_per_token);
-  const int32_t num_ranks = group_->shape().num_ranks;
-  const auto me = static_cast<uint8_t>(group_->rank());
+// Sorts by expert the (row, slot) pairs of all ranks that this one owns: a job per expert, as in a single
+// process. Products lie in the order of the pairs, which their rank knows too.
+Status FfnRunner::TakeRows(std::span<const FfnWeights> experts) {
+  MR_RETURN_IF_ERROR(ListPairs(experts));
   std::fill(expert_begin_.begin(), expert_begin_.end(), 0);
-  const auto for_each_pair = [&](auto&& f) {
-    for (int32_t home = 0; home < num_ranks; ++home) {
-      const GroupRows rows = group_->From(home);
-      for (size_t s = 0; s < static_cast<size_t>(rows.count) * top_k; ++s) {
-        if (rows.owners[s] == me) f(home, rows, s);
-      }
-    }
-  };
-  for_each_pair([&](int32_t, const GroupRows& rows, size_t s) {
-    MR_CHECK(rows.experts[s] >= 0 && rows.experts[s] < config_.num_experts, "expert {}", rows.experts[s]);
-    ++expert_begin_[static_cast<size_t>(rows.experts[s]) + 1];
-  });
+  for (const Pair& pair : pairs_) ++expert_begin_[static_cast<size_t>(pair.expert) + 1];
   for (size_t e = 0; e < experts.size(); ++e) {
     expert_begin_[e + 1] += expert_begin_[e];
     expert_next_[e] = expert_begin_[e];
   }
-  const auto pairs = static_cast<size_t>(expert_begin_.back());
   const size_t inner_bytes = ActivationBytes(format_, config_.moe_intermediate_size);
-  MR_CHECK(pairs * inner_bytes <= inner_.size());
-  in_rows_.resize(pairs);
-  inner_rows_.resize(pairs);
-  out_rows_.resize(pairs);
-  inner_used_ = pairs * inner_bytes;
-  const size_t row_bytes = group_->shape().row_bytes;
+  MR_CHECK(pairs_.size() * inner_bytes <= inner_.size());
+  in_rows_.resize(pairs_.size());
+  inner_rows_.resize(pairs_.size());
+  out_rows_.resize(pairs_.size());
+  inner_used_ = pairs_.size() * inner_bytes;
   int32_t last_home = -1;
   float* out = nullptr;
-  for_each_pair([&](int32_t home, const GroupRows& rows, size_t s) {
-    if (home != last_home) {
-      last_home = home;
-      out = group_->ProductsFor(home);
+  for (const Pair& pair : pairs_) {
+    if (pair.home != last_home) {
+      last_home = pair.home;
+      out = group_->ProductsFor(pair.home);
     }
-    const auto place = static_cast<size_t>(expert_next_[static_cast<size_t>(rows.experts[s])]++);
-    in_rows_[place] = rows.rows + s / top_k * row_bytes;
+    const auto place = static_cast<size_t>(expert_next_[static_cast<size_t>(pair.expert)]++);
+    in_rows_[place] = pair.row;
     inner_rows_[place] = inner_.data() + place * inner_bytes;
     out_rows_[place] = out;
     out += config_.hidden_size;
-  });
+  }
   for (size_t e = 0; e < experts.size(); ++e) {
     const int32_t count = expert_begin_[e + 1] - expert_begin_[e];
-    if (count == 0) continue;
-    MR_CHECK(experts[e].width > 0, "expert {} is not here", e);
-    jobs_.push_back({&experts[e], expert_begin_[e], count});
+    if (count > 0) jobs_.push_back({&experts[e], expert_begin_[e], count});
   }
+  return OkStatus();
+}
+
+// Copies what other ranks wrote, and believes none of it: they have gone on if this one was cast out.
+Status FfnRunner::ListPairs(std::span<const FfnWeights> experts) {
+  const auto top_k = static_cast<size_t>(config_.experts_per_token);
+  const auto me = static_cast<uint8_t>(group_->rank());
+  const size_t row_bytes = group_->shape().row_bytes;
+  pairs_.clear();
+  for (int32_t home = 0; home < group_->shape().num_ranks; ++home) {
+    const GroupRows rows = group_->From(home);
+    for (size_t s = 0; s < static_cast<size_t>(rows.count) * top_k; ++s) {
+      if (rows.owners[s] != me) continue;
+      const int32_t expert = rows.experts[s];
+      if (expert < 0 || expert >= config_.num_experts || experts[static_cast<size_t>(expert)].width == 0) {
+        MR_CHECK(!group_->current(), "rank {} sent a row for expert {}, which is not here", home, expert);
+        return Aborted("the group has gone on without this rank");
+      }
+      pairs_.push_back({home, expert, rows.rows + s / top_k * row_bytes});
+    }
+  }
+  return OkStatus();
 }
 
 // residual += weight * product, experts in ascending order, the shared one last: the order of a single

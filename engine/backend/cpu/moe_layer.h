@@ -70,7 +70,8 @@ class FfnRunner {
   void ClearJobs();
   void RunJobs();
   void SendRows(int32_t index, std::span<const void* const> x);
-  void TakeRows(std::span<const FfnWeights> experts);
+  Status TakeRows(std::span<const FfnWeights> experts);
+  Status ListPairs(std::span<const FfnWeights> experts);
   void AddProducts(std::span<float* const> residual, bool shared);
   void GateUp(const Unit& unit, const char* next, int thread);
   void Down(int32_t strip_begin, int32_t strip_end, const char* next);
@@ -98,6 +99,12 @@ class FfnRunner {
   std::vector<Unit> units_;
 
   // In a group.
+  struct Pair {  // that this rank computes
+    int32_t home = 0;
+    int32_t expert = 0;
+    const std::byte* row = nullptr;
+  };
+  std::vector<Pair> pairs_;
   ExpertGroup* const group_;
   Rows shared_;                         // [rows, hidden]: the shared expert's products
   std::vector<const float*> products_;  // [rows, top_k]: of every chosen expert
