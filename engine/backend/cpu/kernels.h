@@ -101,7 +101,7 @@ const KernelTable& Avx512Kernels();  // needs AVX-512 F, BW, VL, DQ and VNNI
 // int8, and the kernel's permission for this process, which AskForAmx asks for.
 const KernelTable& AmxKernels();
 bool AskForAmx();
-// The first three, the best that this processor has. Not AMX: it has not run on such a processor yet.
+// The first three, the best that this processor has. Not AMX: with few tokens per expert it is slower.
 const KernelTable& BestKernels();
 
 }  // namespace millrace::engine
