@@ -9,8 +9,6 @@
 namespace millrace::engine {
 namespace {
 
-RankMask Bit(int32_t rank) { return RankMask{1} << rank; }
-
 struct Node {
   int32_t first_rank = 0;
   int32_t num_ranks = 0;
@@ -88,12 +86,12 @@ void Pack(std::span<const double> load, const Node& node, int32_t slots_per_rank
     size_t best = rank_load.size();
     for (size_t r = 0; r < rank_load.size(); ++r) {
       const int32_t rank = node.first_rank + static_cast<int32_t>(r);
-      if (used[r] == slots_per_rank || (holders & Bit(rank)) != 0) continue;
+      if (used[r] == slots_per_rank || (holders & RankBit(rank)) != 0) continue;
       if (best == rank_load.size() || rank_load[r] < rank_load[best]) best = r;
     }
     // Only a further copy can find no place: a first one fits wherever a slot is free.
     if (best == rank_load.size()) continue;
-    holders |= Bit(node.first_rank + static_cast<int32_t>(best));
+    holders |= RankBit(node.first_rank + static_cast<int32_t>(best));
     rank_load[best] += copy.load;
     ++used[best];
   }
@@ -103,7 +101,7 @@ void Pack(std::span<const double> load, const Node& node, int32_t slots_per_rank
 int32_t Overlap(const LayerPlacement& a, int32_t rank_a, const LayerPlacement& b, int32_t rank_b) {
   int32_t count = 0;
   for (size_t e = 0; e < a.size(); ++e) {
-    if ((a[e] & Bit(rank_a)) != 0 && (b[e] & Bit(rank_b)) != 0) ++count;
+    if ((a[e] & RankBit(rank_a)) != 0 && (b[e] & RankBit(rank_b)) != 0) ++count;
   }
   return count;
 }
@@ -118,10 +116,10 @@ LayerPlacement InitialPlacement(int32_t num_experts, int32_t num_ranks, int32_t 
   };
   for (int32_t rank = 0; rank < num_ranks; ++rank) {
     for (int32_t e = first_of(rank); e < first_of(rank + 1); ++e)
-      placement[static_cast<size_t>(e)] |= Bit(rank);
+      placement[static_cast<size_t>(e)] |= RankBit(rank);
     const int32_t next = first_of((rank + 1) % num_ranks);
     for (int32_t i = 0; i < redundant; ++i) {
-      placement[static_cast<size_t>((next + i) % num_experts)] |= Bit(rank);
+      placement[static_cast<size_t>((next + i) % num_experts)] |= RankBit(rank);
     }
   }
   return placement;
@@ -159,14 +157,14 @@ LayerPlacement Renamed(const LayerPlacement& target, const LayerPlacement& curre
   std::vector<int32_t> name(static_cast<size_t>(shape.num_ranks), -1);
   RankMask taken = 0;
   for (const Match& match : matches) {
-    if (name[static_cast<size_t>(match.from)] >= 0 || (taken & Bit(match.to)) != 0) continue;
+    if (name[static_cast<size_t>(match.from)] >= 0 || (taken & RankBit(match.to)) != 0) continue;
     name[static_cast<size_t>(match.from)] = match.to;
-    taken |= Bit(match.to);
+    taken |= RankBit(match.to);
   }
   LayerPlacement renamed(target.size());
   for (size_t e = 0; e < target.size(); ++e) {
     for (int32_t r = 0; r < shape.num_ranks; ++r) {
-      if ((target[e] & Bit(r)) != 0) renamed[e] |= Bit(name[static_cast<size_t>(r)]);
+      if ((target[e] & RankBit(r)) != 0) renamed[e] |= RankBit(name[static_cast<size_t>(r)]);
     }
   }
   return renamed;
@@ -178,7 +176,7 @@ LayerPlacement CoveredPlacement(const LayerPlacement& current, std::span<const d
   std::vector<int32_t> held(kRanksMax);
   std::vector<double> rank_load(kRanksMax);
   const auto add = [&](size_t e, int32_t rank, double share) {
-    placement[e] |= Bit(rank);
+    placement[e] |= RankBit(rank);
     ++held[static_cast<size_t>(rank)];
     rank_load[static_cast<size_t>(rank)] += share;
   };

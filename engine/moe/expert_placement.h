@@ -10,6 +10,7 @@ namespace millrace::engine {
 
 inline constexpr int32_t kRanksMax = 64;
 using RankMask = uint64_t;  // bit r: rank r
+inline RankMask RankBit(int32_t rank) { return RankMask{1} << rank; }
 
 // Holders of each expert of one layer. Every expert has at least one, no expert has a rank twice.
 using LayerPlacement = std::vector<RankMask>;  // [experts]

@@ -11,6 +11,7 @@
 #include "base/file.h"
 #include "base/status.h"
 #include "engine/moe/expert_group.h"
+#include "engine/moe/shm_group.h"
 
 namespace millrace::engine {
 
@@ -30,8 +31,6 @@ struct RankHeader {
   std::atomic<uint64_t> target_version;  // odd while it is written
   std::atomic<uint32_t> target_epoch;
 };
-
-inline constexpr int32_t kShmRanksMax = 32;  // fit into one word beside the epoch
 
 struct ControlHeader {
   std::atomic<uint64_t> layout;
@@ -93,8 +92,7 @@ class RankFile {
   size_t products_bytes_ = 0;
 };
 
-// The control file, mapped for writing; made if it is not there. `lock` is held while it lives: one process
-// at a time joins.
+// The control file, mapped for writing; made if it is not there. One process at a time joins: Lock waits.
 class ControlFile {
  public:
   static StatusOr<std::unique_ptr<ControlFile>> Open(const std::string& directory);
@@ -111,7 +109,8 @@ class ControlFile {
   ControlHeader* header_ = nullptr;
 };
 
-// Shared between processes. False when `timeout_us` went by or `word` was not `seen`.
+// Shared between processes. Returns when woken, when `word` is not `seen`, or after `timeout_us`; also
+// without a cause.
 void WaitOnWord(const void* word, uint32_t seen, int64_t timeout_us);
 void WakeAllOnWord(const void* word);
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
-#include <condition_variable>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -27,8 +26,6 @@ constexpr int64_t kSleepUs = 1000;
 constexpr int64_t kBeatUs = 5000;  // of the watching thread
 constexpr Duration kJoinSpin =
     std::chrono::microseconds(100);  // between two passes, before an idle rank sleeps
-
-RankMask Bit(int32_t rank) { return RankMask{1} << rank; }
 
 Status Changed() { return Aborted("the group's membership has changed"); }
 
@@ -56,7 +53,7 @@ class ShmGroup final : public ExpertGroup {
     health_.resize(peers_.size());
     for (size_t i = 0; i < options.held.size(); ++i) {
       for (int32_t e = 0; e < shape_.num_experts; ++e) {
-        const bool held = (options.held[i][static_cast<size_t>(e)] & Bit(options.rank)) != 0;
+        const bool held = (options.held[i][static_cast<size_t>(e)] & RankBit(options.rank)) != 0;
         own_->held()[Cell(static_cast<int32_t>(i), e)] = held ? 1 : 0;
       }
     }
@@ -80,20 +77,20 @@ class ShmGroup final : public ExpertGroup {
     ControlHeader& control = control_->header();
     control.incarnations[options_.rank].store(own_->header().incarnation);
     uint64_t state = control.state.load();
-    if ((LowOf(state) & Bit(options_.rank)) != 0) {
+    if ((LowOf(state) & RankBit(options_.rank)) != 0) {
       Remove(options_.rank, EpochOf(state), "a new process takes its place");
     }
     do {
       state = control.state.load();
     } while (!control.state.compare_exchange_weak(
-        state, MakeState(EpochOf(state) + 1, LowOf(state) | Bit(options_.rank))));
+        state, MakeState(EpochOf(state) + 1, LowOf(state) | RankBit(options_.rank))));
     joined_ = true;
     control_->Unlock();
   }
 
   Status AwaitFormed() {
     ControlHeader& control = control_->header();
-    const RankMask all = Bit(shape_.num_ranks) - 1;
+    const RankMask all = RankBit(shape_.num_ranks) - 1;
     const TimePoint until = Clock::System().Now() + options_.form_max;
     while (control.formed.load() == 0) {
       const RankMask alive = LowOf(control.state.load());
@@ -125,7 +122,7 @@ class ShmGroup final : public ExpertGroup {
     return Exchange();
   }
   GroupRows From(int32_t rank) const override {
-    if ((living_ & Bit(rank)) == 0) return {};
+    if ((living_ & RankBit(rank)) == 0) return {};
     const RankFile& file = FileOf(rank);
     const int32_t count = file.header().num_rows.load(std::memory_order_relaxed);
     return {std::clamp(count, 0, shape_.rows_max), file.rows(), file.experts(), file.owners()};
@@ -177,7 +174,8 @@ class ShmGroup final : public ExpertGroup {
   }
   template <typename F>
   void ForEachPeer(RankMask ranks, F&& f) const {
-    for (RankMask left = ranks & ~Bit(options_.rank); left != 0; left &= left - 1) f(std::countr_zero(left));
+    for (RankMask left = ranks & ~RankBit(options_.rank); left != 0; left &= left - 1)
+      f(std::countr_zero(left));
   }
 
   // Living ranks whose file is mapped. With mutex_.
@@ -227,7 +225,7 @@ Status ShmGroup::Resync() {
   ControlHeader& control = control_->header();
   while (true) {
     const uint64_t state = control.state.load();
-    if ((LowOf(state) & Bit(options_.rank)) == 0 ||
+    if ((LowOf(state) & RankBit(options_.rank)) == 0 ||
         control.incarnations[options_.rank].load() != own_->header().incarnation) {
       return FailedPrecondition("rank {} was cast out of its group: it had stopped for too long",
                                 options_.rank);
@@ -329,7 +327,7 @@ StatusOr<GroupPass> ShmGroup::BeginPass(PassKind wanted, bool mtp_rows) {
   pass.covered = covered_;
   auto kind = PassKind::kIdle;
   for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
-    if ((living_ & Bit(rank)) == 0) continue;
+    if ((living_ & RankBit(rank)) == 0) continue;
     const RankHeader& header = FileOf(rank).header();
     const auto theirs = static_cast<PassKind>(header.wanted.load(std::memory_order_relaxed));
     pass.mtp |= header.wanted_mtp.load(std::memory_order_relaxed) != 0;
@@ -347,17 +345,17 @@ StatusOr<GroupPass> ShmGroup::BeginPass(PassKind wanted, bool mtp_rows) {
 void ShmGroup::LearnHolders() {
   uint64_t version = uint64_t{epoch_.load()} << 32;
   for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
-    if ((living_ & Bit(rank)) != 0)
+    if ((living_ & RankBit(rank)) != 0)
       version += FileOf(rank).header().held_version.load(std::memory_order_relaxed);
   }
   if (version == holders_version_ && !holders_.empty()) return;
   holders_version_ = version;
   holders_.assign(Cell(shape_.num_layers, 0), 0);
   for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
-    if ((living_ & Bit(rank)) == 0) continue;
+    if ((living_ & RankBit(rank)) == 0) continue;
     const uint8_t* const held = FileOf(rank).held();
     for (size_t i = 0; i < holders_.size(); ++i) {
-      if (Get(held[i]) != 0) holders_[i] |= Bit(rank);
+      if (Get(held[i]) != 0) holders_[i] |= RankBit(rank);
     }
   }
   covered_ = std::find(holders_.begin(), holders_.end(), RankMask{0}) == holders_.end();
@@ -432,8 +430,9 @@ void ShmGroup::CheckPeers() {
 void ShmGroup::Remove(int32_t rank, uint32_t epoch, const char* reason) {
   std::atomic<uint64_t>& state = control_->header().state;
   uint64_t expected = state.load();
-  while (EpochOf(expected) == epoch && (LowOf(expected) & Bit(rank)) != 0) {
-    if (!state.compare_exchange_weak(expected, MakeState(epoch + 1, LowOf(expected) & ~Bit(rank)))) continue;
+  while (EpochOf(expected) == epoch && (LowOf(expected) & RankBit(rank)) != 0) {
+    if (!state.compare_exchange_weak(expected, MakeState(epoch + 1, LowOf(expected) & ~RankBit(rank))))
+      continue;
     if (reason != nullptr) LogWarning("expert group: rank {} is out: {}; epoch {}", rank, reason, epoch + 1);
     // Idle ranks look at once, not at their next beat.
     control_->header().bell.fetch_add(1);
@@ -468,7 +467,7 @@ std::vector<LayerPlacement> ShmGroup::HeldNow() const {
     for (int32_t l = 0; l < shape_.num_layers; ++l) {
       for (int32_t e = 0; e < shape_.num_experts; ++e) {
         if (Get(theirs[Cell(l, e)]) == 0) continue;
-        held[static_cast<size_t>(l)][static_cast<size_t>(e)] |= Bit(rank);
+        held[static_cast<size_t>(l)][static_cast<size_t>(e)] |= RankBit(rank);
       }
     }
   });
@@ -513,9 +512,9 @@ Status CheckControl(const ShmGroupOptions& options, ControlHeader& control) {
   const uint64_t state = control.state.load();
   RankMask lives = 0;
   for (int32_t rank = 0; rank < kShmRanksMax; ++rank) {
-    if ((LowOf(state) & Bit(rank)) != 0 && RankLives(options.directory, rank)) lives |= Bit(rank);
+    if ((LowOf(state) & RankBit(rank)) != 0 && RankLives(options.directory, rank)) lives |= RankBit(rank);
   }
-  if ((lives & Bit(options.rank)) != 0) {
+  if ((lives & RankBit(options.rank)) != 0) {
     return FailedPrecondition("{}: rank {} runs already", options.directory, options.rank);
   }
   if (lives != 0 && control.layout.load() != LayoutOf(options.shape)) {

@@ -10,6 +10,8 @@
 
 namespace millrace::engine {
 
+inline constexpr int32_t kShmRanksMax = 32;  // fit into one word beside the epoch
+
 struct ShmGroupOptions {
   std::string directory;  // on tmpfs, common to the ranks; made if it is not there
   int32_t rank = 0;

@@ -4,11 +4,10 @@
 #include <sstream>
 
 #include "base/json.h"
+#include "engine/moe/shm_group.h"
 
 namespace millrace::server {
 namespace {
-
-constexpr int kRanksMax = 32;  // of a group on one host
 
 // CLI11 reads INI by itself; this makes --config a JSON object whose keys are the flags of the command that
 // was given.
@@ -140,14 +139,14 @@ void AddGroup(CLI::App* command, GroupOptions& group) {
           "Hold the model in so many processes: each has requests and KV pages of its own and a part of "
           "the experts. Rank i listens on the ports of --listen and --metrics-listen plus i; a gateway "
           "needs the address of one")
-      ->check(CLI::Range(1, kRanksMax))
+      ->check(CLI::Range(1, engine::kShmRanksMax))
       ->capture_default_str();
   command
       ->add_option("--rank", group.rank,
                    "Be this one of --ranks, on the ports as they are given (default: start all of them here, "
                    "and start "
                    "again what ends)")
-      ->check(CLI::Range(0, kRanksMax - 1));
+      ->check(CLI::Range(0, engine::kShmRanksMax - 1));
   command->add_option(
       "--group-directory", group.directory,
       "Directory on tmpfs through which the ranks exchange rows; needed with --rank (default: one of "

@@ -18,8 +18,6 @@ constexpr size_t kSlabSlots = 8;
 constexpr double kGainMin = 0.05;       // of a layer's imbalance, for a move to pay
 constexpr double kDecisionsMin = 1000;  // of a layer between two looks, to believe what they say
 
-RankMask Bit(int32_t rank) { return RankMask{1} << rank; }
-
 // Background loads run only when nothing else wants the processor.
 void SetBackground(bool background) {
   const sched_param param = {};
@@ -31,7 +29,7 @@ RankMask Compress(RankMask ranks, RankMask alive) {
   RankMask result = 0;
   int32_t number = 0;
   for (RankMask left = alive; left != 0; left &= left - 1, ++number) {
-    if ((ranks & Bit(std::countr_zero(left))) != 0) result |= Bit(number);
+    if ((ranks & RankBit(std::countr_zero(left))) != 0) result |= RankBit(number);
   }
   return result;
 }
@@ -39,7 +37,7 @@ RankMask Expand(RankMask numbers, RankMask alive) {
   RankMask result = 0;
   int32_t number = 0;
   for (RankMask left = alive; left != 0; left &= left - 1, ++number) {
-    if ((numbers & Bit(number)) != 0) result |= Bit(std::countr_zero(left));
+    if ((numbers & RankBit(number)) != 0) result |= RankBit(std::countr_zero(left));
   }
   return result;
 }
@@ -89,7 +87,6 @@ void ExpertMover::BeforePass() {
       place = {};
     } else {
       place = change.ffn;
-      ++stats_.moved;
     }
     state = comes ? State::kHeld : State::kAbsent;
     group_.SetHeld(change.layer, change.expert, comes);
@@ -113,11 +110,6 @@ void ExpertMover::OnChanges(std::function<void()> wake) {
 Status ExpertMover::status() const {
   const std::lock_guard lock(mutex_);
   return status_;
-}
-
-ExpertMover::Stats ExpertMover::stats() const {
-  const std::lock_guard lock(mutex_);
-  return stats_;
 }
 
 void ExpertMover::Loop() {
@@ -180,7 +172,7 @@ void ExpertMover::Rebalance() {
   const int32_t even = (group_.shape().num_experts + shape.num_ranks - 1) / shape.num_ranks;
   shape.slots_per_rank = std::clamp(options_.slots_per_layer, even, group_.shape().num_experts);
   std::vector<std::pair<double, Plan>> found;
-  double worst = 1;
+  double gained = 0;
   double sum = 0;
   for (size_t l = 0; l < target_.size(); ++l) {
     std::vector<double> load(num_experts);
@@ -192,7 +184,6 @@ void ExpertMover::Rebalance() {
       decisions += load[e];
     }
     const double before = Imbalance(load, target_[l], alive);
-    worst = std::max(worst, before);
     sum += before;
     if (decisions < kDecisionsMin) continue;
     LayerPlacement current = target_[l];
@@ -203,19 +194,23 @@ void ExpertMover::Rebalance() {
     if (gain >= kGainMin) found.emplace_back(gain, std::move(plan));
   }
   std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  for (auto& [gain, plan] : found) plans_.push_back(std::move(plan));
+  for (auto& [gain, plan] : found) {
+    gained += gain;
+    plans_.push_back(std::move(plan));
+  }
   loads_before_ = loads;
-  const std::lock_guard lock(mutex_);
-  stats_.imbalance = worst;
-  stats_.imbalance_mean = sum / static_cast<double>(std::max<size_t>(target_.size(), 1));
+  if (plans_.empty()) return;
+  LogInfo("expert group: imbalance {:.2f} on average over the layers; experts of {} layers move, for {:.2f}",
+          sum / static_cast<double>(target_.size()), plans_.size(),
+          (sum - gained) / static_cast<double>(target_.size()));
 }
 
 // Brings what this rank holds towards the target.
 void ExpertMover::Follow() {
   const std::optional<std::vector<LayerPlacement>> target = group_.Target();
-  if (!target.has_value()) return;
+  if (!target.has_value() || !this->status().ok()) return;
   const std::vector<LayerPlacement> held = group_.HeldNow();
-  const RankMask me = Bit(group_.rank());
+  const RankMask me = RankBit(group_.rank());
   std::vector<Wanted> missing;
   std::vector<Wanted> urgent;  // nobody has it
   std::vector<Wanted> surplus;

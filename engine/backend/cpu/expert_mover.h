@@ -35,14 +35,7 @@ class ExpertMover {
   bool has_changes() const { return has_changes_.load(); }  // BeforePass has something to do. Any thread
   // `wake` is called from the mover's thread when there is.
   void OnChanges(std::function<void()> wake);
-  Status status() const;  // of the first load that failed. Any thread
-
-  struct Stats {
-    uint64_t moved = 0;         // experts that came here while serving
-    double imbalance = 1;       // of the layer that is worst, at the last look; the leader's
-    double imbalance_mean = 1;  // over the layers
-  };
-  Stats stats() const;  // any thread
+  Status status() const;  // of the first load that failed: none follows it. Any thread
 
  private:
   enum class State : uint8_t { kAbsent, kComing, kHeld, kLeaving };
@@ -95,7 +88,6 @@ class ExpertMover {
   std::vector<HugeMemory> slabs_;
   std::function<void()> wake_;
   Status status_;
-  Stats stats_;
   std::atomic<bool> has_changes_{false};
   std::thread thread_;
 };
