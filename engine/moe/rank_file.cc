@@ -1,24 +1,18 @@
 #include "engine/moe/rank_file.h"
 
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <climits>
 #include <cstring>
 
 #include "base/check.h"
-#include "base/digest.h"
 
 namespace millrace::engine {
 namespace {
-
-constexpr uint64_t kLayoutVersion = 1;
 
 std::string PathOf(const std::string& directory, int32_t rank) {
   return fmt::format("{}/rank-{}", directory, rank);
@@ -42,40 +36,13 @@ bool IsLocked(const UniqueFd& fd) {
 
 }  // namespace
 
-uint64_t LayoutOf(const GroupShape& shape) {
-  const std::string text = fmt::format("{}|{}|{}|{}|{}|{}|{}|{}|{}", kLayoutVersion, shape.num_ranks,
-                                       shape.num_layers, shape.num_experts, shape.experts_per_token,
-                                       shape.hidden_size, shape.rows_max, shape.row_bytes, shape.digest);
-  return Xxh3(AsBytes(text));
-}
-
-RankFile::RankFile(const GroupShape& shape) {
-  const auto place = [this](size_t bytes) {
-    const size_t at = bytes_;
-    bytes_ += (bytes + 4095) / 4096 * 4096;
-    return at;
-  };
-  const auto cells = static_cast<size_t>(shape.num_layers) * static_cast<size_t>(shape.num_experts);
-  const auto rows = static_cast<size_t>(shape.rows_max);
-  const size_t slots = rows * static_cast<size_t>(shape.experts_per_token);
-  place(sizeof(RankHeader));
-  held_ = place(cells);
-  loads_ = place(cells * sizeof(uint64_t));
-  target_ = place(cells * sizeof(RankMask));
-  experts_ = place(slots * sizeof(int32_t));
-  owners_ = place(slots);
-  rows_ = place(rows * shape.row_bytes);
-  products_bytes_ = (slots * static_cast<size_t>(shape.hidden_size) * sizeof(float) + 4095) / 4096 * 4096;
-  products_ = place(products_bytes_ * static_cast<size_t>(shape.num_ranks));
-}
-
 RankFile::~RankFile() {
-  if (data_ != nullptr) munmap(data_, bytes_);
+  if (data_ != nullptr) munmap(data_, bytes());
 }
 
 Status RankFile::Map(const std::string& path, bool writable) {
   void* const data =
-      mmap(nullptr, bytes_, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd_.get(), 0);
+      mmap(nullptr, bytes(), writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd_.get(), 0);
   if (data == MAP_FAILED) return SystemError(path, "mmap");
   data_ = static_cast<std::byte*>(data);
   return OkStatus();
@@ -90,9 +57,10 @@ StatusOr<std::unique_ptr<RankFile>> RankFile::Make(const std::string& directory,
   if (!file->fd_.valid()) return SystemError(temporary, "open");
   const auto fill = [&]() -> Status {
     // Reserved now: a file that cannot grow later would end the process by a signal.
-    if (const int error = posix_fallocate(file->fd_.get(), 0, static_cast<off_t>(file->bytes_)); error != 0) {
+    if (const int error = posix_fallocate(file->fd_.get(), 0, static_cast<off_t>(file->bytes()));
+        error != 0) {
       return ResourceExhausted("{}: no room for {} bytes that rank {} exchanges with the others: {}",
-                               directory, file->bytes_, rank, std::strerror(error));
+                               directory, file->bytes(), rank, std::strerror(error));
     }
     struct flock lock = WholeFile(F_WRLCK);
     if (fcntl(file->fd_.get(), F_OFD_SETLK, &lock) != 0) return SystemError(temporary, "lock");
@@ -118,7 +86,7 @@ StatusOr<std::unique_ptr<RankFile>> RankFile::Open(const std::string& directory,
   if (!file->fd_.valid()) return SystemError(path, "open");
   struct stat info = {};
   if (fstat(file->fd_.get(), &info) != 0) return SystemError(path, "stat");
-  if (static_cast<size_t>(info.st_size) != file->bytes_) {
+  if (static_cast<size_t>(info.st_size) != file->bytes()) {
     return FailedPrecondition("{}: rank {} was started with another model, weight format or batch size", path,
                               rank);
   }
@@ -164,12 +132,5 @@ Status ControlFile::Lock() {
 }
 
 void ControlFile::Unlock() { flock(fd_.get(), LOCK_UN); }
-
-void WaitOnWord(const void* word, uint32_t seen, int64_t timeout_us) {
-  const struct timespec timeout = {timeout_us / 1'000'000, timeout_us % 1'000'000 * 1000};
-  syscall(SYS_futex, word, FUTEX_WAIT, seen, &timeout, nullptr, 0);
-}
-
-void WakeAllOnWord(const void* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
 
 }  // namespace millrace::engine

@@ -11,6 +11,8 @@
 #include "engine/backend/cpu/cpu_backend.h"
 #include "engine/backend/cuda/cuda_backend.h"
 #include "engine/moe/shm_group.h"
+#include "server/cli/ranks.h"
+#include "server/group/net_group.h"
 
 namespace millrace::server {
 namespace {
@@ -115,24 +117,40 @@ bool UsesMtp(const LoadedModel& model, const ModelOptions& options) {
 
 // Joins the other ranks; waits until all are there.
 StatusOr<std::unique_ptr<engine::ExpertGroup>> JoinGroup(const LoadedModel& model,
-                                                         const GroupOptions& options,
-                                                         const engine::CpuBackendOptions& backend) {
+                                                         const HostedWorkerOptions& worker,
+                                                         const engine::CpuBackendOptions& backend,
+                                                         Metrics* metrics) {
+  const GroupOptions& options = worker.group;
   const uint64_t digest = Xxh3(AsBytes(model.digest));
-  engine::ShmGroupOptions join;
-  join.directory = options.directory;
+  engine::RankGroupOptions join;
   join.rank = options.rank;
   MR_ASSIGN_OR_RETURN(join.shape, engine::CpuGroupShape(*model.weights, backend, options.ranks, digest));
   join.held.assign(
       static_cast<size_t>(join.shape.num_layers),
       engine::InitialPlacement(model.config.num_experts, options.ranks, options.redundant_experts));
   join.stall_max = std::chrono::duration_cast<Duration>(std::chrono::duration<double>(options.stall_max));
-  LogInfo("rank {} of {}: waiting for the others in {}", options.rank, options.ranks, options.directory);
-  return engine::JoinShmGroup(join);
+  if (options.peers.empty()) {
+    LogInfo("rank {} of {}: waiting for the others in {}", options.rank, options.ranks, options.directory);
+    return engine::JoinShmGroup(join, options.directory);
+  }
+  NetGroupOptions net;
+  MR_ASSIGN_OR_RETURN(net.peers, GroupPeers(options));
+  MR_ASSIGN_OR_RETURN(net.listen, ParseHostPort(worker.listen));
+  net.listen.port = net.peers[static_cast<size_t>(options.rank)].port;
+  for (const std::string& rail : worker.rails) {
+    // The KV rails' addresses, with ports of their own.
+    const StatusOr<HostPort> parsed = ParseHostPort(rail);
+    net.rails.push_back(parsed.ok() ? HostPort{parsed->host, 0}.ToString() : "auto");
+  }
+  net.metrics = metrics;
+  LogInfo("rank {} of {}: waiting for the others on {}", options.rank, options.ranks, net.listen.ToString());
+  return JoinNetGroup(join, net);
 }
 
 // A backend with `num_pages` pages over the model's weights. A rank of a group joins it.
 StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model, const ModelOptions& options,
-                                                       const GroupOptions& group_options, int32_t num_pages,
+                                                       const HostedWorkerOptions& worker, int32_t num_pages,
+                                                       Metrics* metrics,
                                                        std::unique_ptr<engine::ExpertGroup>* group) {
   if (options.backend == "cuda") {
     engine::CudaBackendOptions backend;
@@ -148,8 +166,8 @@ StatusOr<std::unique_ptr<engine::Backend>> MakeBackend(const LoadedModel& model,
   backend.logit_rows_max = options.running_max + engine::kScoredRowsMax;
   backend.with_mtp = UsesMtp(model, options);
   MR_ASSIGN_OR_RETURN(backend.isa, engine::ParseIsa(options.isa));
-  if (group_options.ranks > 1) {
-    MR_ASSIGN_OR_RETURN(*group, JoinGroup(model, group_options, backend));
+  if (const GroupOptions& group_options = worker.group; group_options.ranks > 1) {
+    MR_ASSIGN_OR_RETURN(*group, JoinGroup(model, worker, backend, metrics));
     backend.group.group = group->get();
     backend.group.source = model.checkpoint.get();
     backend.group.slots_per_layer =
@@ -206,8 +224,8 @@ StatusOr<HostedWorker> StartWorker(const LoadedModel& model, const ModelOptions&
                            options.kv_memory, pages, page.page_bytes());
   }
   HostedWorker hosted;
-  MR_ASSIGN_OR_RETURN(auto backend, MakeBackend(model, options, worker_options.group,
-                                                static_cast<int32_t>(pages), &hosted.group));
+  MR_ASSIGN_OR_RETURN(auto backend, MakeBackend(model, options, worker_options, static_cast<int32_t>(pages),
+                                                metrics, &hosted.group));
   engine::EngineOptions engine_options;
   engine_options.batch_tokens_max = options.batch_tokens_max;
   engine_options.running_max = options.running_max;

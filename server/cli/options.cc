@@ -139,18 +139,25 @@ void AddGroup(CLI::App* command, GroupOptions& group) {
           "Hold the model in so many processes: each has requests and KV pages of its own and a part of "
           "the experts. Rank i listens on the ports of --listen and --metrics-listen plus i; a gateway "
           "needs the address of one")
-      ->check(CLI::Range(1, engine::kShmRanksMax))
+      ->check(CLI::Range(1, engine::kGroupRanksMax))
       ->capture_default_str();
   command
       ->add_option("--rank", group.rank,
                    "Be this one of --ranks, on the ports as they are given (default: start all of them here, "
                    "and start "
                    "again what ends)")
-      ->check(CLI::Range(0, engine::kShmRanksMax - 1));
+      ->check(CLI::Range(0, engine::kGroupRanksMax - 1));
   command->add_option(
       "--group-directory", group.directory,
       "Directory on tmpfs through which the ranks exchange rows; needed with --rank (default: one of "
       "its own in /dev/shm)");
+  command
+      ->add_option("--group-peers", group.peers,
+                   "Ranks on several hosts: HOST:PORT of each, in order, the same list for all; with --rank. "
+                   "Rank i takes its own port on --listen's host. Rank 0's address alone: rank i is at the "
+                   "same name with -i behind its first label, as LeaderWorkerSet names its pods. A network "
+                   "for the ranks alone: not encrypted")
+      ->delimiter(',');
   command
       ->add_option("--redundant-experts", group.redundant_experts,
                    "Experts per layer that each rank holds beyond its share: copies of busy ones, and what a "

@@ -35,8 +35,9 @@ struct ModelOptions {
 // A worker that is one of several processes which hold a model together.
 struct GroupOptions {
   int ranks = 1;
-  int rank = -1;          // -1: start all of them
-  std::string directory;  // on tmpfs, common to the ranks
+  int rank = -1;                   // -1: start all of them
+  std::string directory;           // on tmpfs, common to the ranks of one host
+  std::vector<std::string> peers;  // host:port of every rank, over several hosts; or rank 0's alone
   int32_t redundant_experts = 0;
   double rebalance_every = 30;  // seconds; 0 = never
   double stall_max = 20;        // seconds

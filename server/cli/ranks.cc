@@ -228,4 +228,29 @@ Status RunRanks(const WorkerCommandOptions& options,
   return status;
 }
 
+StatusOr<std::vector<HostPort>> GroupPeers(const GroupOptions& options) {
+  if (options.rank < 0) return InvalidArgument("--group-peers needs --rank: which of them this is");
+  if (!options.directory.empty())
+    return InvalidArgument("--group-directory is for ranks of one host, --group-peers for several");
+  std::vector<HostPort> peers;
+  for (const std::string& address : options.peers) {
+    StatusOr<HostPort> parsed = ParseHostPort(address);
+    if (!parsed.ok() || parsed->port == 0)
+      return InvalidArgument("--group-peers {}: not HOST:PORT with a port that the others can dial", address);
+    peers.push_back(*std::move(parsed));
+  }
+  const auto ranks = static_cast<size_t>(options.ranks);
+  if (peers.size() == 1) {
+    const std::string leader = peers.front().host;
+    const size_t label = std::min(leader.find('.'), leader.size());
+    for (size_t rank = 1; rank < ranks; ++rank) {
+      peers.push_back(
+          {fmt::format("{}-{}{}", leader.substr(0, label), rank, leader.substr(label)), peers.front().port});
+    }
+  }
+  if (peers.size() != ranks)
+    return InvalidArgument("--group-peers: {} addresses for --ranks {}", peers.size(), ranks);
+  return peers;
+}
+
 }  // namespace millrace::server

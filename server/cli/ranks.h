@@ -1,8 +1,10 @@
 #pragma once
-// The ranks of an expert group on this host, as children of one process.
+// The ranks of an expert group: on this host, as children of one process, or on several.
 
 #include <functional>
+#include <vector>
 
+#include "base/net.h"
 #include "base/status.h"
 #include "server/cli/options.h"
 
@@ -13,5 +15,9 @@ namespace millrace::server {
 // on, with the error of the first rank that did not end well. Call before this process has threads.
 Status RunRanks(const WorkerCommandOptions& options,
                 const std::function<Status(const WorkerCommandOptions& rank)>& serve);
+
+// Where the ranks of a group over several hosts dial each other, from --group-peers. InvalidArgument names
+// the address, or says which options do not go together.
+StatusOr<std::vector<HostPort>> GroupPeers(const GroupOptions& options);
 
 }  // namespace millrace::server

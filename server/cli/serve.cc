@@ -310,8 +310,11 @@ int RunWorker(const WorkerCommandOptions& options, const std::string& effective)
   if (group.rank >= group.ranks)
     return Fail(InvalidArgument("--rank {}: with --ranks {} it is 0 to {}", group.rank, group.ranks,
                                 group.ranks - 1));
-  if (group.ranks > 1 && group.rank >= 0 && group.directory.empty())
-    return Fail(InvalidArgument("--rank needs --group-directory, the same for all ranks"));
+  if (!group.peers.empty()) {
+    if (const auto peers = GroupPeers(group); !peers.ok()) return Fail(peers.status());
+  } else if (group.ranks > 1 && group.rank >= 0 && group.directory.empty()) {
+    return Fail(InvalidArgument("--rank needs --group-directory or --group-peers, the same for all ranks"));
+  }
   const auto serve = [&](const WorkerCommandOptions& rank) { return ServeWorker(rank, effective); };
   const Status status = group.ranks > 1 && group.rank < 0 ? RunRanks(options, serve) : serve(options);
   return status.ok() ? 0 : Fail(status);

@@ -25,6 +25,7 @@
 #include "engine/backend/cpu/cpu_backend.h"
 #include "engine/backend/cpu/kernels.h"
 #include "engine/moe/shm_group.h"
+#include "server/group/net_group.h"
 #include "tests/bench/machine_limits.h"
 #include "tests/bench/random_model.h"
 
@@ -38,9 +39,11 @@ struct Options {
   int ranks = 2;
   std::vector<int> rows = {1, 8, 64, 512};
   int steps = 15;
+  bool hosts = false;  // exchange as between hosts
 };
 
 constexpr int kRowsMax = 16;  // of figures
+constexpr int kFirstPort = 27340;
 
 struct Shared {
   std::atomic<int> turn;  // whose measurement runs: 2 * round + (0: single, 1: group)
@@ -182,6 +185,17 @@ void RunSingle(const Options& options, const ModelConfig& config, Shared& shared
   }
 }
 
+StatusOr<std::unique_ptr<ExpertGroup>> Join(const Options& options, const RankGroupOptions& join,
+                                            const std::string& directory) {
+  if (!options.hosts) return JoinShmGroup(join, directory);
+  server::NetGroupOptions net;
+  for (int rank = 0; rank < options.ranks; ++rank)
+    net.peers.push_back({"127.0.0.1", static_cast<uint16_t>(kFirstPort + rank)});
+  net.listen = net.peers[static_cast<size_t>(join.rank)];
+  net.rails = {"127.0.0.1:0"};
+  return server::JoinNetGroup(join, net);
+}
+
 void RunRank(const Options& options, const ModelConfig& config, const std::string& directory, int rank,
              Shared& shared) {
   const LayerPlacement placement = InitialPlacement(config.num_experts, options.ranks, 0);
@@ -192,12 +206,11 @@ void RunRank(const Options& options, const ModelConfig& config, const std::strin
   const RandomTensors source(7);
   const auto weights = Must(LoadCpuWeights(source, config, load));
   CpuBackendOptions backend_options = BackendOf(options, 1);
-  ShmGroupOptions shm;
-  shm.directory = directory;
-  shm.rank = rank;
-  shm.shape = Must(CpuGroupShape(*weights, backend_options, options.ranks, 1));
-  shm.held.assign(static_cast<size_t>(shm.shape.num_layers), placement);
-  const auto group = Must(JoinShmGroup(shm));
+  RankGroupOptions join;
+  join.rank = rank;
+  join.shape = Must(CpuGroupShape(*weights, backend_options, options.ranks, 1));
+  join.held.assign(static_cast<size_t>(join.shape.num_layers), placement);
+  const auto group = Must(Join(options, join, directory));
   backend_options.group.group = group.get();
   backend_options.group.source = &source;
   backend_options.group.rebalance_every = Duration::zero();
@@ -274,7 +287,7 @@ int Main(const Options& options) {
 
 int main(int argc, char** argv) {
   millrace::engine::Options options;
-  CLI::App app("An expert group on one host: its gain and its cost");
+  CLI::App app("An expert group: its gain and its cost");
   app.add_option("--shape", options.shape, "ling-bench-s, ling-mini-e64 or ling-mini-2.0")
       ->capture_default_str();
   app.add_option("--layers", options.layers, "Keep only this many layers; 0 = all")->capture_default_str();
@@ -285,6 +298,9 @@ int main(int argc, char** argv) {
   app.add_option("--rows", options.rows, "Tokens in a step, all ranks together, at most 16 figures")
       ->delimiter(',')
       ->capture_default_str();
+  app.add_flag(
+      "--hosts", options.hosts,
+      "Exchange as between hosts: over sockets and the transfer engine, on loopback ports from 27340");
   app.add_option("--steps", options.steps, "Timed steps")->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   if (options.rows.size() > millrace::engine::kRowsMax) return 2;

@@ -10,6 +10,7 @@ import time
 import pytest
 
 import harness
+import namespaces
 
 
 def children(process):
@@ -122,9 +123,76 @@ def test_a_rank_is_killed(groups, make_prompt):
     assert "is out: its process is gone" in decode.output()
 
 
+def test_ranks_on_two_hosts(server, logs, model, make_prompt):
+    """A rank in each of two network namespaces with two links between them: the answers of one process, over both links, and
+    no answer is lost when the other host's rank is killed; its next process is taken in."""
+    directory = logs / "hosts"
+    directory.mkdir()
+    prompts = [make_prompt(40 + 60 * i, i) for i in range(6)]
+    fields = {"max_tokens": 50, "ignore_eos": True}
+    expected = [harness.complete(server.address, prompt, **fields) for prompt in prompts]
+    with namespaces.Pair(links=2) as pair:
+        peers = ",".join(f"{pair.address(side, 0)}:7200" for side in range(2))
+
+        def rank(side, name):
+            rails = [flag for link in range(2) for flag in ("--rail", pair.address(side, link))]
+            return harness.Process(directory, name, [
+                "worker", "--role", "both", "--model", model, "--listen", f"{pair.address(side, 0)}:7000", "--metrics-listen",
+                f"{pair.address(side, 0)}:9090", "--threads", 1, "--kv-memory", "32MiB", "--batch-tokens-max", 256, "--ranks", 2,
+                "--rank", side, "--group-peers", peers, *rails], prefix=pair.prefix(side))
+
+        ranks = [rank(side, f"rank-{side}") for side in range(2)]
+        processes = list(ranks)
+        try:
+            for process in ranks:
+                process.wait_started()
+            gateway = harness.Process(directory, "gateway", [
+                "gateway", "--model", model, "--listen", "127.0.0.1:0",
+                *[flag for process in ranks for flag in ("--decode", process.address)]], prefix=pair.prefix(0)).wait_started()
+            processes.append(gateway)
+
+            def ready():
+                workers = json.loads(harness.request(gateway.address, "GET", "/state")[2])["workers"]
+                return sum(worker["connected"] and worker["ready"] for worker in workers)
+
+            both_ready = lambda what: pair.run(0, lambda: harness.wait_until(lambda: ready() == 2, 60, what))
+            both_ready("both ranks")
+            before = [pair.bytes_sent(side, link) for side in range(2) for link in range(2)]
+            ask = lambda i: harness.complete(gateway.address, prompts[i], **fields)
+            assert pair.run(0, lambda: harness.in_threads([lambda i=i: ask(i) for i in range(6)])) == expected
+            sent = [pair.bytes_sent(side, link) for side in range(2) for link in range(2)]
+            assert min(after - earlier for after, earlier in zip(sent, before)) > 100_000, (before, sent)
+
+            stop = []
+
+            def load(i):
+                while not stop:
+                    assert ask(i) == expected[i]
+
+            def kill():
+                try:
+                    time.sleep(0.5)
+                    ranks[1].kill()
+                    harness.wait_until(lambda: "rank 1 is out" in ranks[0].output(), 30, "its end is seen")
+                    time.sleep(0.5)
+                    processes.append(rank(1, "rank-1-again").wait_started())
+                    harness.wait_until(lambda: ready() == 2, 60, "both ranks again")
+                    assert harness.metric(f"{pair.address(0, 0)}:9090", "millrace_expert_group_ranks_alive") == 2
+                finally:
+                    stop.append(True)
+
+            pair.run(0, lambda: harness.in_threads([lambda i=i: load(i) for i in range(6)] + [kill]))
+        finally:
+            codes = [process.stop(60) for process in processes if process is not ranks[1] or process.running()]
+        assert set(codes) == {0}
+
+
 @pytest.mark.parametrize("args, said", [
     (["--ranks", 2, "--rank", 2, "--group-directory", "/dev/shm/millrace-x"], "--rank 2: with --ranks 2 it is 0 to 1"),
     (["--ranks", 2, "--rank", 0], "--rank needs --group-directory"),
+    (["--ranks", 2, "--rank", 0, "--group-peers", "a:1,b:2,c:3"], "--group-peers: 3 addresses for --ranks 2"),
+    (["--ranks", 2, "--group-peers", "a:1,b:2"], "--group-peers needs --rank"),
+    (["--ranks", 2, "--rank", 0, "--group-peers", "a,b"], "--group-peers a: not HOST:PORT"),
     (["--ranks", 32, "--model", "/nowhere"], "rank"),
 ])
 def test_bad_groups_are_refused(logs, model, args, said):

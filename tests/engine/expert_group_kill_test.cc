@@ -14,7 +14,6 @@
 #include <thread>
 
 #include "tests/engine/expert_group_rig.h"
-#include "tests/engine/tiny_model.h"
 
 namespace millrace::engine {
 namespace {
@@ -37,17 +36,15 @@ int64_t FromEnvironment(const char* name, int64_t otherwise) {
 
 constexpr int kCastOut = 4;
 
-[[noreturn]] void RankMain(int rank, const GroupCase& c, const TensorSource& source,
-                           const std::string& directory, const std::vector<uint64_t>& expected,
-                           Shared& shared) {
+[[noreturn]] void RankMain(int rank, const GroupCase& c, const TensorSource& source, const GroupPlace& place,
+                           const std::vector<uint64_t>& expected, Shared& shared) {
   const auto fail = [&](const Status& status) {
     if (status.code() == absl::StatusCode::kFailedPrecondition) _exit(kCastOut);
     fmt::print(stderr, "rank {}: {}\n", rank, Message(status));
     ++shared.failed;
     _exit(5);
   };
-  StatusOr<GroupRank> started =
-      StartRank(c, source, directory, rank, kRanks, /*redundant=*/1, {}, kHeartbeatMax);
+  StatusOr<GroupRank> started = StartRank(c, source, place, rank, kRanks, /*redundant=*/1, {}, kHeartbeatMax);
   // The file of a stopped process stays locked until that has gone.
   if (!started.ok()) fail(started.status());
   GroupScript script(static_cast<uint64_t>(rank) + 1, c.v2);
@@ -113,8 +110,7 @@ class Killer {
 
   void Start(int rank) {
     const pid_t pid = fork();
-    if (pid == 0)
-      RankMain(rank, case_, source_, directory_.path(), expected_[static_cast<size_t>(rank)], *shared_);
+    if (pid == 0) RankMain(rank, case_, source_, *place_, expected_[static_cast<size_t>(rank)], *shared_);
     pids_[rank] = pid;
   }
 
@@ -152,7 +148,7 @@ class Killer {
   const GroupCase case_;
   const TensorSource& source_;
   Random random_;
-  const TempDirectory directory_;
+  const std::unique_ptr<GroupPlace> place_ = MakeGroupPlace(kRanks);
   const std::vector<std::vector<uint64_t>> expected_;
   Shared* shared_ = nullptr;
   pid_t pids_[kRanks] = {};

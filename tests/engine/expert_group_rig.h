@@ -11,7 +11,7 @@
 #include "base/digest.h"
 #include "base/random.h"
 #include "engine/backend/cpu/cpu_backend.h"
-#include "engine/moe/shm_group.h"
+#include "engine/moe/rank_group.h"
 #include "tests/bench/random_model.h"
 
 namespace millrace::engine {
@@ -154,15 +154,22 @@ inline std::vector<std::vector<uint64_t>> Expected(const GroupCase& c, const Ten
   return digests;
 }
 
+// Where ranks meet, chosen by what is linked: shm_group_test.cc or net_group_test.cc.
+class GroupPlace {
+ public:
+  virtual ~GroupPlace() = default;
+  virtual StatusOr<std::unique_ptr<ExpertGroup>> Join(const RankGroupOptions& options) const = 0;
+};
+std::unique_ptr<GroupPlace> MakeGroupPlace(int ranks);
+
 struct GroupRank {
   std::unique_ptr<ExpertGroup> group;
   std::unique_ptr<Backend> backend;  // goes first
 };
 
 // One rank, with nothing loaded but what it is to hold.
-inline StatusOr<GroupRank> StartRank(const GroupCase& c, const TensorSource& source,
-                                     const std::string& directory, int rank, int ranks, int redundant,
-                                     CpuGroupOptions group_options = {},
+inline StatusOr<GroupRank> StartRank(const GroupCase& c, const TensorSource& source, const GroupPlace& place,
+                                     int rank, int ranks, int redundant, CpuGroupOptions group_options = {},
                                      Duration heartbeat_max = std::chrono::seconds(30)) {
   const ModelConfig config = GroupModel(c.v2);
   const LayerPlacement placement = InitialPlacement(config.num_experts, ranks, redundant);
@@ -172,16 +179,15 @@ inline StatusOr<GroupRank> StartRank(const GroupCase& c, const TensorSource& sou
   };
   MR_ASSIGN_OR_RETURN(const std::shared_ptr<const Weights> weights, LoadCpuWeights(source, config, options));
   CpuBackendOptions backend = BackendOf(c);
-  ShmGroupOptions shm;
-  shm.directory = directory;
-  shm.rank = rank;
-  MR_ASSIGN_OR_RETURN(shm.shape, CpuGroupShape(*weights, backend, ranks, 1));
-  shm.held.assign(static_cast<size_t>(shm.shape.num_layers), placement);
-  shm.heartbeat_max = heartbeat_max;
-  shm.stall_max = std::chrono::seconds(120);
-  shm.form_max = std::chrono::seconds(120);
+  RankGroupOptions join;
+  join.rank = rank;
+  MR_ASSIGN_OR_RETURN(join.shape, CpuGroupShape(*weights, backend, ranks, 1));
+  join.held.assign(static_cast<size_t>(join.shape.num_layers), placement);
+  join.heartbeat_max = heartbeat_max;
+  join.stall_max = std::chrono::seconds(120);
+  join.form_max = std::chrono::seconds(120);
   GroupRank result;
-  MR_ASSIGN_OR_RETURN(result.group, JoinShmGroup(shm));
+  MR_ASSIGN_OR_RETURN(result.group, place.Join(join));
   backend.group = group_options;
   backend.group.group = result.group.get();
   backend.group.source = &source;

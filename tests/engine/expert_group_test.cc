@@ -1,13 +1,11 @@
-// Expert groups on one host: the same bits as a single process, whoever holds an expert and however many
-// ranks there are; experts that move while they are used; members that are lost.
+// Expert groups, wherever ranks meet: the same bits as a single process, whoever holds an expert and however
+// many ranks there are; experts that move while they are used; members that are lost.
 #include <gtest/gtest.h>
 
-#include <filesystem>
 #include <thread>
 
 #include "base/log.h"
 #include "tests/engine/expert_group_rig.h"
-#include "tests/engine/tiny_model.h"
 
 namespace millrace::engine {
 namespace {
@@ -54,14 +52,14 @@ TEST_P(ExpertGroupTest, RanksComputeWhatOneProcessDoes) {
   if (format > 0) c.precision = Precision::kBfloat16;
   if (format == 2) c.quantization = Quantization::kInt8;
   if (format == 3) c.quantization = Quantization::kInt4;
-  const TempDirectory directory;
   const RandomTensors source(11);
+  const auto place = MakeGroupPlace(ranks);
   const auto expected = Expected(c, source, ranks, kSteps);
   std::atomic<int> left = ranks;
   std::vector<std::jthread> threads;
   for (int r = 0; r < ranks; ++r) {
     threads.emplace_back([&, r] {
-      auto rank = StartRank(c, source, directory.path(), r, ranks, /*redundant=*/ranks > 2 ? 1 : 0);
+      auto rank = StartRank(c, source, *place, r, ranks, /*redundant=*/ranks > 2 ? 1 : 0);
       ASSERT_TRUE(rank.ok()) << rank.status();
       // Rank 1 has nothing to do but to join.
       std::vector<uint64_t> mine = expected[static_cast<size_t>(r)];
@@ -86,9 +84,9 @@ INSTANTIATE_TEST_SUITE_P(All, ExpertGroupTest,
 // again.
 TEST(ExpertGroup, ExpertsMoveWhileServing) {
   const GroupCase c;
-  const TempDirectory directory;
   const RandomTensors source(11);
   constexpr int kRanks = 3;
+  const auto place = MakeGroupPlace(kRanks);
   const auto expected = Expected(c, source, kRanks, 4 * kSteps);
   std::atomic<int> left = kRanks;
   std::atomic<int> moved = 0;
@@ -98,7 +96,7 @@ TEST(ExpertGroup, ExpertsMoveWhileServing) {
       CpuGroupOptions options;
       options.rebalance_every = std::chrono::seconds(1);  // enough decisions under a sanitizer too
       options.slots_per_layer = 8;
-      auto rank = StartRank(c, source, directory.path(), r, kRanks, /*redundant=*/1, options);
+      auto rank = StartRank(c, source, *place, r, kRanks, /*redundant=*/1, options);
       ASSERT_TRUE(rank.ok()) << rank.status();
       const std::vector<LayerPlacement> before = rank->group->HeldNow();
       const uint32_t epoch = rank->group->epoch();
@@ -129,15 +127,15 @@ TEST(ExpertGroup, ExpertsMoveWhileServing) {
 // changes.
 TEST(ExpertGroup, RanksLeaveAndComeBack) {
   const GroupCase c;
-  const TempDirectory directory;
   const RandomTensors source(11);
   constexpr int kRanks = 3;
+  const auto place = MakeGroupPlace(kRanks);
   const auto expected = Expected(c, source, kRanks, 4 * kSteps);
   std::atomic<int> left = kRanks;
   std::vector<std::jthread> threads;
   for (int r = 0; r < kRanks; ++r) {
     threads.emplace_back([&, r] {
-      auto rank = StartRank(c, source, directory.path(), r, kRanks, 0);
+      auto rank = StartRank(c, source, *place, r, kRanks, 0);
       ASSERT_TRUE(rank.ok()) << rank.status();
       if (r == 1) {
         for (int round = 0; round < 3; ++round) {
@@ -149,32 +147,13 @@ TEST(ExpertGroup, RanksLeaveAndComeBack) {
           }
           rank->backend.reset();
           rank->group.reset();
-          rank = StartRank(c, source, directory.path(), r, kRanks, 0);
+          rank = StartRank(c, source, *place, r, kRanks, 0);
           ASSERT_TRUE(rank.ok()) << rank.status();
         }
       }
       RunRank(*rank, r, c, expected[static_cast<size_t>(r)], left);
     });
   }
-}
-
-TEST(ExpertGroup, RefusesWhoDoesNotFit) {
-  const GroupCase c;
-  const TempDirectory directory;
-  const RandomTensors source(11);
-  auto first = StartRank(c, source, directory.path(), 0, 1, 0);
-  ASSERT_TRUE(first.ok()) << first.status();
-  const auto twice = StartRank(c, source, directory.path(), 0, 1, 0);
-  EXPECT_EQ(twice.status().code(), absl::StatusCode::kFailedPrecondition) << twice.status();
-  EXPECT_NE(Message(twice.status()).find("rank 0 runs already"), std::string::npos) << twice.status();
-  GroupCase other = c;
-  other.quantization = Quantization::kInt8;
-  const auto another = StartRank(other, source, directory.path(), 1, 2, 0);
-  EXPECT_EQ(another.status().code(), absl::StatusCode::kFailedPrecondition) << another.status();
-  EXPECT_NE(Message(another.status()).find("weight format"), std::string::npos) << another.status();
-  first = Unavailable("gone");
-  EXPECT_TRUE(
-      StartRank(other, source, directory.path(), 0, 1, 0).ok());  // what was left behind does not matter
 }
 
 }  // namespace

@@ -1,0 +1,108 @@
+// What is particular to ranks of several hosts: who is let in, garbage, and groups that were cut in two.
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/read.hpp>
+#include <boost/asio/write.hpp>
+#include <thread>
+
+#include "proto/group.pb.h"
+#include "tests/server/net_place.h"
+
+namespace millrace::server {
+namespace {
+
+namespace group = ::millrace::group::v1;
+
+using engine::GroupCase;
+using engine::StartRank;
+
+TEST(NetGroup, RefusesWhoDoesNotFit) {
+  const GroupCase c;
+  const auto addresses = FreeAddresses(2);
+  const auto place = PlaceAt(addresses);
+  const engine::RandomTensors source(11);
+  StatusOr<engine::GroupRank> first = Unavailable("not yet");
+  std::jthread starts([&] { first = StartRank(c, source, *place, 0, 2, 0); });
+  GroupCase other = c;
+  other.quantization = engine::Quantization::kInt8;
+  const auto misfit = StartRank(other, source, *place, 1, 2, 0);
+  EXPECT_EQ(misfit.status().code(), absl::StatusCode::kFailedPrecondition) << misfit.status();
+  EXPECT_NE(Message(misfit.status()).find("weight format"), std::string::npos) << misfit.status();
+  const auto second = StartRank(c, source, *place, 1, 2, 0);
+  ASSERT_TRUE(second.ok()) << second.status();
+  starts.join();
+  ASSERT_TRUE(first.ok()) << first.status();
+  const auto twice = StartRank(c, source, *place, 1, 2, 0);
+  EXPECT_EQ(twice.status().code(), absl::StatusCode::kUnavailable) << twice.status();
+  EXPECT_NE(Message(twice.status()).find(addresses[1].ToString()), std::string::npos) << twice.status();
+}
+
+// Whatever comes to the port, the group goes on.
+TEST(NetGroup, GarbageIsNotTaken) {
+  using boost::asio::ip::tcp;
+  const GroupCase c;
+  const auto addresses = FreeAddresses(2);
+  const auto place = PlaceAt(addresses);
+  const engine::RandomTensors source(11);
+  StatusOr<engine::GroupRank> first = Unavailable("not yet");
+  std::jthread starts([&] { first = StartRank(c, source, *place, 0, 2, 0); });
+  const auto second = StartRank(c, source, *place, 1, 2, 0);
+  ASSERT_TRUE(second.ok()) << second.status();
+  starts.join();
+  ASSERT_TRUE(first.ok()) << first.status();
+  const uint32_t epoch = first->group->epoch();
+  Random random(5);
+  for (int i = 0; i < 60; ++i) {
+    boost::asio::io_context io;
+    tcp::socket socket(io);
+    socket.connect({boost::asio::ip::make_address("127.0.0.1"), addresses[0].port});
+    std::string garbage(random.Below(3000), '\0');
+    for (char& byte : garbage) byte = static_cast<char>(random.Next());
+    if (i % 3 == 0 && garbage.size() >= 4)
+      garbage.replace(0, 4, std::string("\x05\0\0\0", 4));  // a length that can be
+    if (i % 3 == 1) {
+      group::GroupMessage message;  // well-formed, and no greeting or from nobody
+      if (random.Below(2) == 0) {
+        message.mutable_hello()->set_rank(static_cast<uint32_t>(random.Below(5)));
+        message.mutable_hello()->set_version(1);
+      } else {
+        message.mutable_members()->set_epoch(1000);
+      }
+      const std::string body = message.SerializeAsString();
+      const auto length = static_cast<uint32_t>(body.size());
+      garbage = std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + body;
+    }
+    boost::system::error_code error;
+    boost::asio::write(socket, boost::asio::buffer(garbage), error);
+    if (random.Below(2) == 0) socket.shutdown(tcp::socket::shutdown_send, error);
+    char back[64];
+    if (i % 3 == 1) {
+      while (!error) boost::asio::read(socket, boost::asio::buffer(back), error);  // it hangs up
+    }
+  }
+  EXPECT_EQ(first->group->epoch(), epoch);
+  EXPECT_EQ(first->group->alive(), 3U);
+  EXPECT_EQ(second->group->alive(), 3U);
+}
+
+TEST(NetGroup, SaysWhoIsMissing) {
+  const GroupCase c;
+  const auto place = PlaceAt(FreeAddresses(2));
+  engine::RankGroupOptions options;
+  options.shape = {.num_ranks = 2,
+                   .num_layers = 1,
+                   .num_experts = 4,
+                   .experts_per_token = 2,
+                   .hidden_size = 64,
+                   .rows_max = 4,
+                   .row_bytes = 64,
+                   .digest = 1};
+  options.held = {engine::InitialPlacement(4, 2, 0)};
+  options.form_max = std::chrono::milliseconds(300);
+  const auto alone = place->Join(options);
+  EXPECT_EQ(alone.status().code(), absl::StatusCode::kDeadlineExceeded) << alone.status();
+  EXPECT_NE(Message(alone.status()).find("rank 1 did not"), std::string::npos) << alone.status();
+}
+
+}  // namespace
+}  // namespace millrace::server
