@@ -272,6 +272,35 @@ TEST_P(Conformance, ALostPeerFailsItsWritesAndIsForgotten) {
   EXPECT_TRUE(sender.transfer->Deregister(sender.region).ok());
 }
 
+// The peer goes while more waits than a path holds: what a path gives back as it breaks finds others waiting,
+// and nothing is sent on it any more.
+TEST_P(Conformance, APeerThatGoesWithMuchQueuedFailsAllOfIt) {
+  Options options = options_;
+  options.peer_timeout = std::chrono::milliseconds(300);
+  options.heartbeat = std::chrono::milliseconds(50);
+  for (uint64_t round = 0; round < 3; ++round) {
+    Side sender(options, 1 << 20, false, 3);
+    auto receiver = std::make_unique<Side>(options, 1 << 20, true, 4);
+    const PeerId peer = *sender.transfer->Open(receiver->transfer->Descriptor());
+    const TicketId ticket =
+        *receiver->transfer->OpenTicket(sender.transfer->epoch(), {{receiver->region, 0, 1 << 20}});
+    constexpr int kWrites = 2000;
+    std::atomic<int> ended = 0;
+    for (uint64_t i = 0; i < kWrites; ++i) {
+      ASSERT_TRUE(sender.transfer
+                      ->Submit(peer,
+                               OneIntent(ticket, sender.region, i * 64, 40000, receiver->region, i * 64),
+                               [&ended](const Status&) { ++ended; })
+                      .ok());
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(round));
+    receiver.reset();
+    EXPECT_TRUE(Eventually([&] { return ended == kWrites; })) << ended;
+    EXPECT_TRUE(Eventually([&] { return sender.transfer->TakeSnapshot().peers == 0; }));
+    EXPECT_TRUE(sender.transfer->Deregister(sender.region).ok());
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Rails, Conformance, testing::ValuesIn(RailCases()),
                          [](const auto& instance) { return instance.param.name; });
 

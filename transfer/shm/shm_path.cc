@@ -171,8 +171,7 @@ void ShmPath::ReportUnknown() {
 
 void ShmPath::Break(const Status& why) {
   Drop();
-  ReportUnknown();
-  owner_->OnBroken(this, why);
+  owner_->OnBroken(this, why);  // disconnects
 }
 
 void ShmPath::Disconnect() {
