@@ -132,6 +132,7 @@ class NetFabric final : public engine::GroupFabric {
     transfer::TicketId their_ticket = 0;
     transfer::RegionId their_region = 0;
     std::deque<std::shared_ptr<Telling>> telling;
+    int64_t under_way = 0;  // requests whose end has not been told
     uint64_t held_told = ~uint64_t{0};
     std::vector<uint64_t> loads_told;
     TimePoint loads_told_at;
@@ -197,8 +198,7 @@ class NetFabric final : public engine::GroupFabric {
   MembersBelief belief_;
   std::vector<Peer> peers_;
   Status refused_;
-  int64_t under_way_ = 0;  // requests whose end has not been told
-  std::condition_variable landed_;
+  std::condition_variable landed_;  // a peer's under_way has changed
   bool stopping_ = false;
 };
 
@@ -411,6 +411,7 @@ void NetFabric::Unlink(int32_t rank, const std::string& why) {
     });
   });
   peer = Peer();
+  landed_.notify_all();
 }
 
 void NetFabric::Lose(int32_t rank, const std::string& why) {
@@ -618,14 +619,17 @@ StatusOr<std::shared_ptr<const RankMemory>> NetFabric::Open(int32_t rank) {
   return std::shared_ptr<const RankMemory>(peer.copy);
 }
 
+// What is on its way to a rank that was lost does not count: nobody will be told that it is there.
 void NetFabric::Settle() {
   std::unique_lock lock(mutex_);
   ForEach(Linked(), [&](int32_t rank) {
     Peer& peer = PeerOf(rank);
-    if (!peer.telling.empty()) transfer_->Cancel(peer.transfer, peer.their_ticket, [] {});
+    if (peer.under_way > 0) transfer_->Cancel(peer.transfer, peer.their_ticket, [] {});
     peer.telling.clear();
   });
-  landed_.wait(lock, [&] { return under_way_ == 0; });
+  landed_.wait(lock, [&] {
+    return std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.under_way == 0; });
+  });
 }
 
 group::GroupMessage NetFabric::Saying(Peer& peer, Shown what) {
@@ -709,16 +713,17 @@ void NetFabric::Show(RankMask ranks, Shown what) {
     }
     peer.telling.push_back(telling);
     if (telling->landed) return Flush(peer);
-    ++under_way_;
+    ++peer.under_way;
     const Status status = transfer_->Submit(
         peer.transfer, std::move(request),
         [this, rank, epoch, telling, link = std::weak_ptr(peer.link)](const Status& landed) {
           {
             const std::lock_guard done(mutex_);
-            --under_way_;
-            landed_.notify_all();
             Peer& to = PeerOf(rank);
-            if (landed.ok() && to.link != nullptr && to.link == link.lock()) {
+            if (to.link == nullptr || to.link != link.lock()) return;  // lost meanwhile
+            --to.under_way;
+            landed_.notify_all();
+            if (landed.ok()) {
               telling->landed = true;
               return Flush(to);
             }
@@ -727,7 +732,7 @@ void NetFabric::Show(RankMask ranks, Shown what) {
             Remove(rank, epoch, fmt::format("rows did not get there: {}", Message(landed)).c_str());
         });
     if (!status.ok()) {
-      --under_way_;
+      --peer.under_way;
       peer.link->Close(fmt::format("rows cannot be sent: {}", Message(status)));
     }
   });
