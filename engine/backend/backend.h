@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "base/status.h"
 #include "engine/batch.h"
 #include "engine/kv/layout.h"
@@ -50,6 +51,11 @@ class Backend {
   // segment's last row, for the token after its next one: [segments, vocab_size], valid until the next call
   // of either kind.
   virtual StatusOr<std::span<const float>> ForwardMtp(std::span<const MtpSegment> segments);
+  // Runs task(i) for i in [0, num_tasks), each once, in any order and several at once on the threads that
+  // this backend computes with on the host, and returns when all are done: what the engine has to do between
+  // two steps. `work` says roughly how many multiply-adds they would be worth together; little stays on this
+  // thread.
+  virtual void RunParallel(int64_t num_tasks, int64_t work, absl::FunctionRef<void(int64_t)> task);
   // A backend that is one rank of an expert group (engine/moe/expert_group.h) computes in lockstep with the
   // others. True while they wait for this one: then Forward is called, with an empty batch where there is no
   // work.
@@ -63,6 +69,9 @@ inline Status Backend::ToHost(std::span<const PageId>) { return OkStatus(); }
 inline Status Backend::FromHost(std::span<const PageId>) { return OkStatus(); }
 inline StatusOr<std::span<const float>> Backend::ForwardMtp(std::span<const MtpSegment>) {
   return Unimplemented("this backend does not run the MTP layer by itself");
+}
+inline void Backend::RunParallel(int64_t num_tasks, int64_t /*work*/, absl::FunctionRef<void(int64_t)> task) {
+  for (int64_t i = 0; i < num_tasks; ++i) task(i);
 }
 
 }  // namespace millrace::engine

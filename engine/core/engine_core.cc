@@ -203,9 +203,8 @@ bool EngineCore::AppendToken(Sequence* sequence, SampledToken token, bool send) 
   event.index = sequence->num_output();
   if (event.index == 0) event.prompt = std::move(sequence->prompt_scores);
   if (sequence->num_tokens() == sequence->num_imported) event.cached_tokens = sequence->num_found;
-  const std::vector<int32_t>& ends = sequence->end_tokens;
   sequence->tokens.push_back(token.token);
-  if (std::find(ends.begin(), ends.end(), token.token) != ends.end()) {
+  if (sequence->is_end(token.token)) {
     event.finish = FinishReason::kStop;
   } else if (sequence->num_tokens() >= sequence->tokens_max) {
     event.finish = FinishReason::kLength;

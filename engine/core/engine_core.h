@@ -102,8 +102,11 @@ class EngineCore : private PageCopier {
   void BuildBatch();
   void AddRun(Sequence* sequence, int32_t num_tokens);
   bool MayDraft(const Sequence& sequence) const;
-  bool TakeLogits(size_t run, const StepOutput& output, size_t first_row);
-  void ScorePrompt(Sequence* sequence, const Segment& segment, std::span<const float> logits) const;
+  void DrawTokens(const StepOutput& output);
+  void DrawRun(size_t run, const StepOutput& output);
+  bool TakeTokens(size_t run, const StepOutput& output);
+  void ScorePrompt(Sequence* sequence, const Segment& segment, std::span<const float> logits);
+  int64_t SamplingWork(size_t num_rows) const;
   void KeepHidden(Sequence* sequence, std::span<const float> rows);
   Status DraftNext(std::span<Sequence* const> sequences);
   Status RunBatch();
@@ -135,6 +138,8 @@ class EngineCore : private PageCopier {
   Batch batch_;
   std::vector<Sequence*> runs_;                    // the sequence of each of the batch's segments
   std::vector<std::vector<int32_t>> next_tokens_;  // of each of them, for the MTP layer
+  std::vector<size_t> first_rows_;                 // of each of them, in the step's logits
+  std::vector<std::vector<SampledToken>> draws_;   // after each of them; reused
   bool drafting_ = false;                          // in this step
   int32_t num_drafts_ = 0;                         // in this step
   int32_t num_logits_ = 0;                         // in this step

@@ -1,6 +1,7 @@
 #pragma once
 // One live request inside the engine. Plain data; engine thread only.
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -67,6 +68,9 @@ struct Sequence {
   int32_t num_output() const { return num_tokens() - num_prompt; }
   int32_t num_pending() const { return num_tokens() - num_computed; }
   bool is_decoding() const { return num_computed > 0 && num_computed >= num_prefill; }
+  bool is_end(int32_t token) const {
+    return std::find(end_tokens.begin(), end_tokens.end(), token) != end_tokens.end();
+  }
   // Every row of its next chunk has a log-probability to tell.
   bool is_scoring() const {
     return request.sampling.prompt_logprobs && num_output() == 0 &&

@@ -103,10 +103,10 @@ Status EngineCore::DraftNext(std::span<Sequence* const> sequences) {
   if (segments.empty()) return OkStatus();
   MR_ASSIGN_OR_RETURN(const std::span<const float> logits, backend_->ForwardMtp(segments));
   const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
-  for (size_t i = 0; i < drafted.size(); ++i) {
-    Sequence* const sequence = drafted[i];
+  backend_->RunParallel(static_cast<int64_t>(drafted.size()), SamplingWork(drafted.size()), [&](int64_t i) {
+    Sequence* const sequence = drafted[static_cast<size_t>(i)];
     SampleInput input;
-    input.logits = logits.subspan(i * vocab_size, vocab_size);
+    input.logits = logits.subspan(static_cast<size_t>(i) * vocab_size, vocab_size);
     input.prompt = sequence->prompt();
     input.output = sequence->output();
     input.end_tokens = sequence->end_tokens;
@@ -114,7 +114,7 @@ Status EngineCore::DraftNext(std::span<Sequence* const> sequences) {
     sequence->draft = Sample(input, sequence->request.sampling).token;
     sequence->mtp_begin = sequence->num_computed;
     sequence->mtp_hidden.clear();
-  }
+  });
   return OkStatus();
 }
 

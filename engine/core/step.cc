@@ -124,11 +124,10 @@ Status EngineCore::RunBatch() {
   const uint64_t tokens_before = output_tokens_;
   const bool only_decoding =
       std::all_of(runs_.begin(), runs_.end(), [](const Sequence* s) { return s->is_decoding(); });
+  DrawTokens(output);
   std::vector<Sequence*> live;
-  size_t row = 0;
   for (size_t i = 0; i < runs_.size(); ++i) {
-    if (TakeLogits(i, output, row)) live.push_back(runs_[i]);
-    row += static_cast<size_t>(batch_.segments[i].num_logits);
+    if (TakeTokens(i, output)) live.push_back(runs_[i]);
   }
   MR_RETURN_IF_ERROR(DraftNext(live));
   // After the MTP layer: what is in the cache is not written to any more.
@@ -140,9 +139,52 @@ Status EngineCore::RunBatch() {
   return OkStatus();
 }
 
-// Draws from the logits of one run, a draft's too if it was what had to come. False when the sequence has
-// ended.
-bool EngineCore::TakeLogits(size_t run, const StepOutput& output, size_t first_row) {
+// Fills draws_ and first_rows_. Each draw is a pure function of what the step began with, so that all runs
+// can be drawn from at once.
+void EngineCore::DrawTokens(const StepOutput& output) {
+  first_rows_.clear();
+  size_t num_rows = 0;
+  for (const Segment& segment : batch_.segments) {
+    first_rows_.push_back(num_rows);
+    num_rows += static_cast<size_t>(segment.num_logits);
+  }
+  if (draws_.size() < runs_.size()) draws_.resize(runs_.size());
+  backend_->RunParallel(static_cast<int64_t>(runs_.size()), SamplingWork(num_rows),
+                        [&](int64_t run) { DrawRun(static_cast<size_t>(run), output); });
+}
+
+// Draws the tokens after one run: one, and behind a draft that was what had to come one more.
+void EngineCore::DrawRun(size_t run, const StepOutput& output) {
+  std::vector<SampledToken>& draws = draws_[run];
+  draws.clear();
+  const Sequence& sequence = *runs_[run];
+  const auto num_tokens = static_cast<int32_t>(batch_.segments[run].tokens.size());
+  const auto num_logits = static_cast<size_t>(batch_.segments[run].num_logits);
+  const bool scoring = sequence.is_scoring();
+  if (num_logits == 0 || (scoring && num_tokens < sequence.num_pending())) return;
+  const size_t num_drafts = scoring ? 0 : num_logits - 1;
+  const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
+  SampleInput input;
+  input.prompt = sequence.prompt();
+  input.end_tokens = sequence.end_tokens;
+  input.num_tokens_in_vocabulary = options_.num_vocabulary_tokens;
+  const std::span<const int32_t> answer = sequence.output();  // with the draft
+  for (size_t i = 0; i <= num_drafts; ++i) {
+    const size_t row = first_rows_[run] + num_logits - 1 - num_drafts + i;
+    SampledToken& drawn = draws.emplace_back();
+    if (row < output.drawn.size() && output.drawn[row] >= 0) {
+      drawn.token = output.drawn[row];
+    } else {
+      input.logits = output.logits.subspan(row * vocab_size, vocab_size);
+      input.output = answer.first(answer.size() - num_drafts + i);
+      drawn = Sample(input, sequence.request.sampling);
+    }
+    if (drawn.token != sequence.tokens.back() || sequence.is_end(drawn.token)) return;
+  }
+}
+
+// Adds what was drawn after one run to its sequence. False when that has ended.
+bool EngineCore::TakeTokens(size_t run, const StepOutput& output) {
   Sequence* const sequence = runs_[run];
   const Segment& segment = batch_.segments[run];
   const auto num_tokens = static_cast<int32_t>(segment.tokens.size());
@@ -150,59 +192,51 @@ bool EngineCore::TakeLogits(size_t run, const StepOutput& output, size_t first_r
   const int32_t num_drafts = !scoring && segment.num_logits > 1 ? 1 : 0;
   if (!sequence->is_decoding()) prompt_tokens_ += static_cast<uint64_t>(num_tokens);
   sequence->num_computed += num_tokens - num_drafts;
-  int32_t draft = -1;
-  if (num_drafts > 0) {
-    draft = sequence->tokens.back();
-    sequence->tokens.pop_back();
-  }
-  const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
-  int32_t num_rows = segment.num_logits;  // to draw from
+  if (num_drafts > 0) sequence->tokens.pop_back();
+  size_t row = first_rows_[run];
   if (scoring) {
-    ScorePrompt(sequence, segment, output.logits.subspan(first_row * vocab_size));
-    num_rows = sequence->num_pending() == 0 ? 1 : 0;
-    first_row += static_cast<size_t>(segment.num_logits - 1);
+    const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
+    ScorePrompt(sequence, segment, output.logits.subspan(row * vocab_size));
+    row += static_cast<size_t>(segment.num_logits - 1);
   }
   const auto hidden_size = output.hidden.empty() ? 0 : static_cast<size_t>(backend_->config().hidden_size);
-  for (int32_t i = 0; i < num_rows; ++i) {
-    const size_t row = first_row + static_cast<size_t>(i);
+  for (size_t i = 0; i < draws_[run].size(); ++i, ++row) {
     if (i > 0) {  // the draft was drawn: its row is as computed as any
       ++sequence->num_computed;
       ++accepted_tokens_;
     }
     KeepHidden(sequence, output.hidden.subspan(row * hidden_size, hidden_size));
     ++output_tokens_;
-    SampledToken sampled;
-    if (row < output.drawn.size() && output.drawn[row] >= 0) {
-      sampled.token = output.drawn[row];
-    } else {
-      SampleInput input;
-      input.logits = output.logits.subspan(row * vocab_size, vocab_size);
-      input.prompt = sequence->prompt();
-      input.output = sequence->output();
-      input.end_tokens = sequence->end_tokens;
-      input.num_tokens_in_vocabulary = options_.num_vocabulary_tokens;
-      sampled = Sample(input, sequence->request.sampling);
-    }
-    const int32_t token = sampled.token;
-    if (!AppendToken(sequence, std::move(sampled), /*send=*/true)) return false;
-    if (token != draft) break;
+    if (!AppendToken(sequence, std::move(draws_[run][i]), /*send=*/true)) return false;
   }
   return true;
 }
 
 // `logits`: of the segment's rows, and whatever follows. A row tells of the token after its own. After a
 // preemption some are known already.
-void EngineCore::ScorePrompt(Sequence* sequence, const Segment& segment,
-                             std::span<const float> logits) const {
+void EngineCore::ScorePrompt(Sequence* sequence, const Segment& segment, std::span<const float> logits) {
   const auto vocab_size = static_cast<size_t>(backend_->config().vocab_size);
-  for (size_t i = 0; i < segment.tokens.size(); ++i) {
-    const size_t at = static_cast<size_t>(segment.position) + i + 1;
-    if (at == static_cast<size_t>(sequence->num_prompt)) return;
-    if (at != sequence->prompt_scores.size() + 1) continue;
-    sequence->prompt_scores.push_back(Score(logits.subspan(i * vocab_size, vocab_size),
-                                            options_.num_vocabulary_tokens, sequence->tokens[at],
-                                            sequence->request.sampling.num_logprobs));
-  }
+  const auto position = static_cast<size_t>(segment.position);
+  const size_t known = sequence->prompt_scores.size();
+  const size_t end =
+      std::min(position + segment.tokens.size(), static_cast<size_t>(sequence->num_prompt) - 1);
+  if (end <= known) return;
+  MR_CHECK(known >= position, "request {}: prompt tokens {} to {} have no score", sequence->request.id, known,
+           position);
+  sequence->prompt_scores.resize(end);
+  const size_t count = end - known;
+  backend_->RunParallel(static_cast<int64_t>(count), SamplingWork(count), [&](int64_t i) {
+    const size_t at = known + static_cast<size_t>(i);
+    sequence->prompt_scores[at] =
+        Score(logits.subspan((at - position) * vocab_size, vocab_size), options_.num_vocabulary_tokens,
+              sequence->tokens[at + 1], sequence->request.sampling.num_logprobs);
+  });
+}
+
+// For RunParallel: a logit that is looked at, with an exponential or without, against a multiply-add.
+int64_t EngineCore::SamplingWork(size_t num_rows) const {
+  constexpr int64_t kWorkPerLogit = 16;
+  return static_cast<int64_t>(num_rows) * backend_->config().vocab_size * kWorkPerLogit;
 }
 
 // Tells the sinks of prefill requests which pages this step makes final in `layer`.

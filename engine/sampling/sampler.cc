@@ -9,19 +9,16 @@
 
 #include "base/check.h"
 #include "base/random.h"
+#include "engine/sampling/distribution.h"
+#include "engine/sampling/logit_kernels.h"
 
 namespace millrace::engine {
 namespace {
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
-// Tokens less likely than e^-40 times the best one weigh less than the rounding of the sum and are left out:
-// a peaked distribution needs few exponentials.
-constexpr double kWeightCut = -40;
-
 struct Candidate {
   float logit;
   int32_t token;
-  double weight;  // exp((logit - best logit) / temperature)
 };
 
 bool MoreLikely(const Candidate& a, const Candidate& b) {
@@ -32,8 +29,12 @@ bool MoreLikely(const Candidate& a, const Candidate& b) {
 struct Scratch {
   std::vector<float> logits;
   std::vector<int32_t> counts;  // all zero between calls
-  std::vector<Candidate> candidates;
+  Distribution distribution;
 };
+Scratch& ThreadScratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
 
 bool NeedsAdjustment(const SampleInput& input, const SamplingParams& params) {
   return params.mask != nullptr || !params.logit_bias.empty() || params.repetition_penalty != 1 ||
@@ -108,103 +109,25 @@ std::span<const float> Adjust(std::span<const float> logits, const SampleInput& 
   return adjusted;
 }
 
-int32_t ArgMax(std::span<const float> logits) {
-  size_t best = 0;
-  float best_logit = kMasked;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] > best_logit) {  // strict: ties go to the lowest id
-      best = i;
-      best_logit = logits[i];
-    }
-  }
-  return static_cast<int32_t>(best);
-}
-
-// Sorts candidates, most likely first, only as far as somebody looks.
-class SortedCandidates {
- public:
-  explicit SortedCandidates(std::vector<Candidate>* candidates) : candidates_(candidates) {}
-
-  size_t size() const { return candidates_->size(); }
-  // The index-th most likely candidate.
-  const Candidate& At(size_t index) {
-    while (index >= num_sorted_) SortBlock();
-    return (*candidates_)[index];
-  }
-  void KeepFirst(size_t count) {
-    if (count >= size()) return;
-    if (count > num_sorted_) {
-      std::nth_element(candidates_->begin() + static_cast<ptrdiff_t>(num_sorted_),
-                       candidates_->begin() + static_cast<ptrdiff_t>(count), candidates_->end(), MoreLikely);
-    }
-    candidates_->resize(count);
-    num_sorted_ = std::min(num_sorted_, count);
-  }
-
- private:
-  void SortBlock() {
-    const size_t end = std::min(size(), num_sorted_ + std::max<size_t>(64, num_sorted_));
-    const auto first = candidates_->begin() + static_cast<ptrdiff_t>(num_sorted_);
-    const auto last = candidates_->begin() + static_cast<ptrdiff_t>(end);
-    if (last != candidates_->end()) std::nth_element(first, last, candidates_->end(), MoreLikely);
-    std::sort(first, last, MoreLikely);
-    num_sorted_ = end;
-  }
-
-  std::vector<Candidate>* candidates_;
-  size_t num_sorted_ = 0;
-};
-
-// Sums always run from the most likely candidate down, or by id over all of them: the same floats in the same
-// order on every worker.
-int32_t Draw(std::span<const float> logits, float best_logit, const SamplingParams& params, double uniform,
-             std::vector<Candidate>* candidates) {
-  candidates->clear();
-  const double inverse_temperature = 1.0 / static_cast<double>(params.temperature);
-  double total = 0;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    const double exponent =
-        (static_cast<double>(logits[i]) - static_cast<double>(best_logit)) * inverse_temperature;
-    if (!(exponent >= kWeightCut)) continue;  // also drops NaN
-    const double weight = std::exp(exponent);
-    total += weight;
-    candidates->push_back({logits[i], static_cast<int32_t>(i), weight});
-  }
-  SortedCandidates sorted(candidates);
-  if (params.top_k > 0 && static_cast<size_t>(params.top_k) < sorted.size()) {
-    sorted.KeepFirst(static_cast<size_t>(params.top_k));
-    total = 0;
-    for (size_t i = 0; i < sorted.size(); ++i) total += sorted.At(i).weight;
-  }
+int32_t Draw(std::span<const float> logits, int32_t best, const SamplingParams& params, double uniform,
+             Distribution* distribution) {
+  distribution->Assign(logits, logits[static_cast<size_t>(best)],
+                       1.0 / static_cast<double>(params.temperature));
+  if (distribution->size() == 0) return best;
+  Distribution::Prefix kept{distribution->size(), distribution->total()};
+  if (params.top_k > 0 && params.top_k < kept.count) kept = distribution->Take(params.top_k);
+  // The best token weighs 1, so min_p bounds the weight itself. Both cut the tail.
   if (params.top_p < 1 || params.min_p > 0) {
-    // The best candidate weighs 1, so min_p bounds the weight itself. Both cut the tail.
-    const double mass = static_cast<double>(params.top_p) * total;
-    double kept = 0;
-    size_t count = 0;
-    while (count < sorted.size() &&
-           (count == 0 || (kept < mass && sorted.At(count).weight >= params.min_p))) {
-      kept += sorted.At(count++).weight;
-    }
-    sorted.KeepFirst(count);
-    total = kept;
+    kept = distribution->Take(kept.count, static_cast<double>(params.top_p) * kept.mass,
+                              static_cast<double>(params.min_p));
   }
-  const double target = uniform * total;
-  double below = 0;
-  for (size_t i = 0; i + 1 < sorted.size(); ++i) {
-    below += sorted.At(i).weight;
-    if (below > target) return sorted.At(i).token;
-  }
-  return sorted.At(sorted.size() - 1).token;
+  return distribution->Pick(kept.count, uniform * kept.mass);
 }
 
 void FillLogprobs(std::span<const float> logits, float best_logit, int32_t num_logprobs,
-                  SampledToken* sampled) {
-  double sum = 0;
-  for (const float logit : logits) {
-    const double exponent = static_cast<double>(logit) - static_cast<double>(best_logit);
-    if (exponent >= kWeightCut) sum += std::exp(exponent);
-  }
-  const double normalizer = static_cast<double>(best_logit) + std::log(sum);
+                  Distribution* distribution, SampledToken* sampled) {
+  distribution->Assign(logits, best_logit, 1);
+  const double normalizer = static_cast<double>(best_logit) + std::log(distribution->total());
   const auto logprob = [&](int32_t token) {
     return static_cast<float>(static_cast<double>(logits[static_cast<size_t>(token)]) - normalizer);
   };
@@ -215,7 +138,7 @@ void FillLogprobs(std::span<const float> logits, float best_logit, int32_t num_l
     if (!(logits[i] > kMasked)) continue;
     const bool full = static_cast<int32_t>(top.size()) == num_logprobs;
     if (full && !(logits[i] > top.back().logit)) continue;
-    const Candidate candidate{logits[i], static_cast<int32_t>(i), 0};
+    const Candidate candidate{logits[i], static_cast<int32_t>(i)};
     top.insert(std::upper_bound(top.begin(), top.end(), candidate, MoreLikely), candidate);
     if (full) top.pop_back();
   }
@@ -230,27 +153,30 @@ SampledToken Score(std::span<const float> logits, int32_t num_tokens_in_vocabula
   const auto drawable = logits.first(static_cast<size_t>(num_tokens_in_vocabulary));
   SampledToken scored;
   scored.token = token;
-  FillLogprobs(drawable, drawable[static_cast<size_t>(ArgMax(drawable))], num_logprobs, &scored);
+  FillLogprobs(drawable, drawable[static_cast<size_t>(BestLogitKernels().arg_max(drawable))], num_logprobs,
+               &ThreadScratch().distribution, &scored);
   return scored;
 }
 
 SampledToken Sample(const SampleInput& input, const SamplingParams& params) {
-  thread_local Scratch scratch;
+  Scratch& scratch = ThreadScratch();
   MR_CHECK(input.num_tokens_in_vocabulary > 0 &&
                static_cast<size_t>(input.num_tokens_in_vocabulary) <= input.logits.size(),
            "{} tokens, {} logits", input.num_tokens_in_vocabulary, input.logits.size());
   std::span<const float> logits = input.logits.first(static_cast<size_t>(input.num_tokens_in_vocabulary));
   if (NeedsAdjustment(input, params)) logits = Adjust(logits, input, params, &scratch);
-  const int32_t best = ArgMax(logits);
+  const int32_t best = BestLogitKernels().arg_max(logits);
   const float best_logit = logits[static_cast<size_t>(best)];
   SampledToken sampled;
   sampled.token = best;
   const bool drawable = best_logit > kMasked;  // false only when every token is masked
   if (params.temperature > 0 && drawable) {
     const double uniform = UniformAt(params.seed, input.output.size());
-    sampled.token = Draw(logits, best_logit, params, uniform, &scratch.candidates);
+    sampled.token = Draw(logits, best, params, uniform, &scratch.distribution);
   }
-  if (params.num_logprobs >= 0 && drawable) FillLogprobs(logits, best_logit, params.num_logprobs, &sampled);
+  if (params.num_logprobs >= 0 && drawable) {
+    FillLogprobs(logits, best_logit, params.num_logprobs, &scratch.distribution, &sampled);
+  }
   return sampled;
 }
 

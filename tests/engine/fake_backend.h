@@ -223,6 +223,10 @@ class FakeBackend final : public Backend {
     }
     return std::span<const float>(logits_);
   }
+  // The last one first: whoever relies on an order gets it wrong.
+  void RunParallel(int64_t num_tasks, int64_t, absl::FunctionRef<void(int64_t)> task) override {
+    for (int64_t i = num_tasks; i-- > 0;) task(i);
+  }
   // Rows of the MTP layer that ForwardMtp found other than they must be. The last row of a page may have been
   // computed for another continuation of the same text and does not count.
   int32_t wrong_mtp_rows() const { return wrong_mtp_rows_; }

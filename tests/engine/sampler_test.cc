@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "base/random.h"
+#include "engine/sampling/logit_kernels.h"
 
 namespace millrace::engine {
 namespace {
@@ -161,6 +162,71 @@ TEST(Sample, AgreesWithSortingEverything) {
     if (random.Below(2) == 0) params.top_p = static_cast<float>(0.01 + 0.98 * random.Uniform());
     if (random.Below(3) == 0) params.min_p = static_cast<float>(0.2 * random.Uniform());
     EXPECT_EQ(SampleAt(logits, params, {7, 7}).token, ReferenceDraw(logits, params, 2)) << "seed " << seed;
+  }
+}
+
+// As many tokens as a model has, most of them as likely as any other, or all alike.
+TEST(Sample, AgreesOnLargeVocabularies) {
+  for (uint64_t seed = 1; seed <= 5; ++seed) {
+    Random random(seed << 20);
+    std::vector<float> logits(157'184);
+    const double spread = seed % 4 == 0 ? 0 : 4.0 * static_cast<double>(seed % 4);
+    for (float& logit : logits) logit = static_cast<float>(spread * random.Uniform());
+    SamplingParams params;
+    params.seed = seed;
+    if (seed % 3 == 0) params.top_p = 0.9f;
+    if (seed % 5 == 0) params.top_k = 40'000;
+    if (seed % 2 == 0) params.min_p = 0.01f;
+    EXPECT_EQ(SampleAt(logits, params, {7}).token, ReferenceDraw(logits, params, 1)) << "seed " << seed;
+  }
+}
+
+TEST(LogitKernels, EverySetHasTheSameBitsAndTheyAreRight) {
+  const float inf = std::numeric_limits<float>::infinity();
+  Random random(5);
+  for (size_t count : {1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 3000}) {
+    for (int round = 0; round < 20; ++round) {
+      std::vector<float> logits(count);
+      for (float& logit : logits) logit = static_cast<float>(60 * random.Uniform() - 30);
+      for (int i = 0; i < round; ++i) {
+        const float odd[] = {std::nanf(""), -inf, 29.5f, -0.0f};
+        logits[random.Below(count)] = odd[random.Below(4)];
+      }
+      if (round == 1) std::fill(logits.begin(), logits.end(), -inf);
+      if (round == 2) std::fill(logits.begin(), logits.end(), std::nanf(""));
+      size_t best = 0;
+      float highest = -inf;
+      for (size_t i = 0; i < count; ++i) {
+        if (logits[i] > highest) highest = logits[best = i];
+      }
+      const double inverse = 1 / (0.3 + 2 * random.Uniform());
+      std::vector<double> first;
+      std::vector<uint8_t> first_buckets;
+      for (const LogitKernels& kernels : RunnableLogitKernels()) {
+        ASSERT_EQ(kernels.arg_max(logits), static_cast<int32_t>(best)) << kernels.name;
+        std::vector<double> weights(count, -1);
+        std::vector<uint8_t> buckets(count, 7);
+        kernels.weigh(logits, highest, inverse, weights.data(), buckets.data());
+        for (size_t i = 0; i < count; ++i) {
+          const double exponent = (double{logits[i]} - double{highest}) * inverse;
+          const bool weighs = exponent >= kExponentMin;
+          const double expected = weighs ? std::exp(exponent) : 0;
+          ASSERT_NEAR(weights[i], expected, 1e-15 * expected) << kernels.name << " " << exponent;
+          ASSERT_EQ(buckets[i] == kNoBucket, !weighs);
+          for (size_t j = 0; j < std::min<size_t>(i, 50); ++j) {
+            if (logits[j] > logits[i]) {
+              ASSERT_LE(buckets[j], buckets[i]);
+            }
+          }
+        }
+        if (first.empty()) {
+          first = weights;
+          first_buckets = buckets;
+        }
+        ASSERT_EQ(weights, first) << kernels.name;
+        ASSERT_EQ(buckets, first_buckets) << kernels.name;
+      }
+    }
   }
 }
 

@@ -107,6 +107,10 @@ class CpuBackend : public Backend {
     }
   }
 
+  void RunParallel(int64_t num_tasks, int64_t work, absl::FunctionRef<void(int64_t)> task) override {
+    pool_.Run(num_tasks, work, [&](int64_t i, int) { task(i); });
+  }
+
   bool JoinWanted() override { return group_ != nullptr && (mover_->has_changes() || group_->JoinWanted()); }
   void OnJoinWanted(const std::function<void()>& wake) override {
     if (group_ == nullptr) return;
