@@ -78,6 +78,7 @@ TEST(GrammarTest, MatchesRegularExpressions) {
       {RegexOf(R"(\x41é\/[\]\-])"), {"Aé/]", "Aé/-"}, {"Aé/x"}},
       {RegexOf("."), {"a", "ü"}, {"", "\n"}},
       {RegexOf("(?:a|b)*?c"), {"c", "abac"}, {"ab"}},
+      {RegexOf("(?P<first>a)(?<second>b)"), {"ab"}, {"a"}},
       {RegexOf("(a?)*b"), {"b", "aab"}, {"a"}},
       {R"({"type":"choice","choices":["yes","yes!","no"]})", {"yes", "yes!", "no"}, {"ye", "no!", ""}},
   });
@@ -223,6 +224,8 @@ TEST(GrammarTest, RefusesByName) {
       {RegexOf("(?=a)"), "(?="},
       {RegexOf(R"(\bword)"), "\\b"},
       {RegexOf(R"(a\1)"), "\\1"},
+      {RegexOf("(?P<"), "'>'"},
+      {RegexOf("a(?<name"), "'>'"},
       {RegexOf("[z-a]"), "backwards"},
       {RegexOf("[a"), "]"},
       {RegexOf("*a"), "repeats nothing"},
