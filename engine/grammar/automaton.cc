@@ -130,7 +130,9 @@ class Automaton::Builder {
 
   using Subset = std::vector<int32_t>;
 
-  // What is reached from `states` without a letter, sorted.
+  // What is reached from `states` without a letter, sorted; of that only what can take a letter or is the
+  // end: the others would make subsets differ that go on alike, as after each of the ways to write a
+  // character.
   Subset Close(const Subset& states) {
     Subset all;
     ++round_;
@@ -144,6 +146,10 @@ class Automaton::Builder {
     for (size_t i = 0; i < all.size(); ++i) {
       for (const int32_t next : nfa_[static_cast<size_t>(all[i])].empty) add(next);
     }
+    std::erase_if(all, [&](int32_t state) {
+      const NfaState& info = nfa_[static_cast<size_t>(state)];
+      return info.bytes.empty() && info.calls.empty() && state != end_;
+    });
     std::sort(all.begin(), all.end());
     return all;
   }
@@ -151,7 +157,7 @@ class Automaton::Builder {
   Status BuildRule(int32_t rule, std::vector<std::vector<std::pair<int32_t, State>>>* calls) {
     nfa_.clear();
     MR_ASSIGN_OR_RETURN(const int32_t begin, NewState());
-    MR_ASSIGN_OR_RETURN(const int32_t end, Add(*grammar_.rules[static_cast<size_t>(rule)].body, begin));
+    MR_ASSIGN_OR_RETURN(end_, Add(*grammar_.rules[static_cast<size_t>(rule)].body, begin));
     std::map<Subset, State> known;
     std::vector<Subset> subsets;
     const auto base = static_cast<State>(out_.states_.size());
@@ -167,7 +173,7 @@ class Automaton::Builder {
       const Subset subset = subsets[i];
       StateInfo& info = out_.states_.emplace_back();
       info.rule = rule;
-      info.ends = std::binary_search(subset.begin(), subset.end(), end);
+      info.ends = std::binary_search(subset.begin(), subset.end(), end_);
       std::vector<std::pair<std::pair<uint8_t, uint8_t>, int32_t>> edges;  // classes first to last, target
       std::map<int32_t, Subset> called;
       for (const int32_t state : subset) {
@@ -196,6 +202,7 @@ class Automaton::Builder {
   const Grammar& grammar_;
   Automaton& out_;
   std::vector<NfaState> nfa_;    // of the current rule
+  int32_t end_ = 0;              // of the current rule
   std::vector<uint32_t> marks_;  // per NFA state: the last Close that met it
   uint32_t round_ = 0;
 };
@@ -206,6 +213,14 @@ StatusOr<std::unique_ptr<const Automaton>> Automaton::Build(const Grammar& gramm
   MR_RETURN_IF_ERROR(automaton->Prune(grammar));
   MR_RETURN_IF_ERROR(automaton->RefuseLeftRecursion(grammar));
   return std::unique_ptr<const Automaton>(std::move(automaton));
+}
+
+std::vector<uint8_t> Automaton::Letters() const {
+  std::vector<uint8_t> letters;
+  for (size_t byte = 0; byte < 256; ++byte) {
+    if (byte == 0 || class_of_[byte] != class_of_[byte - 1]) letters.push_back(static_cast<uint8_t>(byte));
+  }
+  return letters;
 }
 
 bool Automaton::HasByteEdge(State state) const {

@@ -39,6 +39,8 @@ class Automaton {
     return next_[static_cast<size_t>(state) * num_classes_ + class_of_[byte]];
   }
   std::span<const Call> CallsOf(State state) const { return states_[static_cast<size_t>(state)].calls; }
+  // One byte of each class of bytes that no state tells apart.
+  std::vector<uint8_t> Letters() const;
   bool ends(State state) const { return states_[static_cast<size_t>(state)].ends; }  // of its rule
 
  private:

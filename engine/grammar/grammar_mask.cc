@@ -37,10 +37,11 @@ void Walk(Matcher& matcher, const TokenTrie& trie, int32_t begin, int32_t end, c
 }  // namespace
 
 std::shared_ptr<const TokenGrammar::StateTokens> TokenGrammar::TokensOf(Automaton::State state) {
+  const int32_t of = class_of_[static_cast<size_t>(state)];
   {
     std::lock_guard lock(mutex_);
-    const auto found = states_.find(state);
-    if (found != states_.end()) return found->second;
+    const auto found = found_.find(of);
+    if (found != found_.end()) return found->second;
   }
   auto tokens = std::make_shared<StateTokens>();
   tokens->inside.resize(trie_.num_words());
@@ -56,8 +57,8 @@ std::shared_ptr<const TokenGrammar::StateTokens> TokenGrammar::TokensOf(Automato
     if (configs.ends && node.end > i + 1) tokens->leavings.push_back(i);
   });
   std::lock_guard lock(mutex_);
-  if (states_.size() >= kStatesKept) states_.clear();
-  return states_.emplace(state, std::move(tokens)).first->second;
+  if (found_.size() >= kClassesKept) found_.clear();
+  return found_.emplace(of, std::move(tokens)).first->second;
 }
 
 GrammarMask::GrammarMask(std::shared_ptr<TokenGrammar> grammar, const Tokenizer& tokenizer)

@@ -4,7 +4,8 @@
 // For each state of the automaton, the tokens that stay inside the state's own rule (and those that it calls)
 // are found once, by walking the vocabulary's trie, and kept for all sequences. Only tokens that run beyond
 // the end of the rule depend on the stack; where they leave is kept too, and they are walked on when the
-// stack is known. (The same split as "context-independent tokens" in XGrammar, Dong et al. 2024.)
+// stack is known. (The same split as "context-independent tokens" in XGrammar, Dong et al. 2024.) States that
+// no token can tell apart share what was found (state_classes.h).
 
 #include <memory>
 #include <mutex>
@@ -14,6 +15,7 @@
 
 #include "engine/grammar/automaton.h"
 #include "engine/grammar/matcher.h"
+#include "engine/grammar/state_classes.h"
 #include "engine/grammar/token_trie.h"
 #include "engine/sampling/token_mask.h"
 
@@ -24,7 +26,9 @@ class TokenGrammar {
  public:
   // The trie outlives it.
   TokenGrammar(std::unique_ptr<const Automaton> automaton, const TokenTrie& trie)
-      : automaton_(std::move(automaton)), trie_(trie) {}
+      : automaton_(std::move(automaton)),
+        trie_(trie),
+        class_of_(ClassesOfStates(*automaton_, trie.depth_max())) {}
 
   const Automaton& automaton() const { return *automaton_; }
   const TokenTrie& trie() const { return trie_; }
@@ -33,16 +37,17 @@ class TokenGrammar {
     std::vector<uint64_t> inside;   // mask of the tokens that stay inside the rule
     std::vector<int32_t> leavings;  // trie nodes at which the rule has ended and the token may go on
   };
-  // Found at the first call for a state (walks the trie), then kept; shared because the table may be emptied
-  // when it has grown to kStatesKept.
+  // Found at the first call for a class of states (walks the trie), then kept; shared because the table may
+  // be emptied when it has grown to kClassesKept.
   std::shared_ptr<const StateTokens> TokensOf(Automaton::State state);
-  static constexpr size_t kStatesKept = 1024;
+  static constexpr size_t kClassesKept = 1024;
 
  private:
   const std::unique_ptr<const Automaton> automaton_;
   const TokenTrie& trie_;
+  const std::vector<int32_t> class_of_;  // of each state
   std::mutex mutex_;
-  std::unordered_map<Automaton::State, std::shared_ptr<const StateTokens>> states_;
+  std::unordered_map<int32_t, std::shared_ptr<const StateTokens>> found_;  // by class
 };
 
 // Of one sequence.

@@ -47,7 +47,7 @@ class RegexParser {
       if (reader_.Looks("?<=") || reader_.Looks("?<!")) return reader_.Error("look-behind is not supported");
       if (reader_.Take("?P<") || reader_.Take("?<")) {  // a name says nothing here
         while (!reader_.done() && reader_.peek() != '>') reader_.Skip(1);
-        reader_.Skip(1);
+        if (!reader_.Take(">")) return reader_.Error("a group's name without its '>'");
       }
       reader_.Take("?:");
       MR_ASSIGN_OR_RETURN(ExpressionPtr inside, Alternatives(depth + 1));

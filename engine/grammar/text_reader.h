@@ -1,6 +1,7 @@
 #pragma once
 // What regular expressions and GBNF share: escapes, character classes and repetition marks.
 
+#include <algorithm>
 #include <cstdint>
 #include <string_view>
 #include <utility>
@@ -22,7 +23,7 @@ class TextReader {
   bool Looks(std::string_view what) const { return text_.substr(at_).starts_with(what); }
   bool Take(std::string_view what);
   size_t at() const { return at_; }
-  void Skip(size_t bytes) { at_ += bytes; }
+  void Skip(size_t bytes) { at_ = std::min(at_ + bytes, text_.size()); }
   std::string_view rest() const { return text_.substr(at_); }
 
   template <typename... Args>

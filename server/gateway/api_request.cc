@@ -413,6 +413,8 @@ ApiResult<ApiRequest> ParseApiRequest(Endpoint endpoint, std::string_view text, 
   fields.Bool("skip_special_tokens", &request.skip_special_tokens);
   fields.Bool("include_stop_str_in_output", &request.include_stop);
   fields.Bool("return_token_ids", &request.return_token_ids);
+  bool adds_none = true;  // no tokenizer of this family has any to add
+  fields.Bool("add_special_tokens", &adds_none);
   fields.Bool("include_reasoning", &request.include_reasoning);
   bool split_reasoning = true;
   fields.Bool("separate_reasoning", &split_reasoning);

@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "server/gateway/api_response.h"
 #include "server/gateway/responses.h"
+#include "server/gateway/responses_body.h"
 
 namespace millrace::server {
 namespace {
@@ -33,7 +34,7 @@ ApiResult<Prepared> Prepare(Endpoint endpoint, const std::string& body, const Ga
   }
   auto parsed = ParseApiRequest(responses ? Endpoint::kChat : endpoint, responses ? chat_body : body,
                                 context.model, context.tokenizer);
-  if (!parsed.ok()) return parsed.error();
+  if (!parsed.ok()) return responses ? InNamesOfResponses(parsed.error()) : parsed.error();
   Prepared prepared;
   prepared.request = std::make_unique<const ApiRequest>(*std::move(parsed));
   const int64_t now = std::time(nullptr);

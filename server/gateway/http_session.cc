@@ -35,7 +35,7 @@ const Route kRoutes[] = {
     {.path = "/state", .access = Access::kWatch, .get = State},
     {.path = "/live", .access = Access::kOpen, .get = Live},
     {.path = "/ready", .access = Access::kOpen, .get = Ready},
-    {.path = "/health", .access = Access::kOpen, .get = Ready},
+    {.path = "/health", .access = Access::kOpen, .get = Health},
     {.path = "/metrics", .access = Access::kOperator, .get = MetricsText},
     {.path = "/version", .access = Access::kWatch, .get = Version},
     {.path = "/info", .access = Access::kWatch, .get = Info},

@@ -78,6 +78,22 @@ ApiResult<PlainAnswer> Ready(GatewayContext& context) {
   return Answered({{"status", "ok"}});
 }
 
+ApiResult<PlainAnswer> Health(GatewayContext& context) {
+  const ApiResult<PlainAnswer> ready = Ready(context);
+  if (!ready.ok()) return ready.error();
+  int32_t workers[3] = {};
+  for (const WorkerSnapshot& worker : context.membership.Snapshot())
+    workers[static_cast<size_t>(worker.role)] += worker.connected && worker.ready && !worker.stalled ? 1 : 0;
+  const auto of = [&](WorkerRole role) { return workers[static_cast<size_t>(role)]; };
+  return Answered({{"status", "ok"},
+                   {"live", true},
+                   {"ready", true},
+                   {"workers_ready",
+                    {{"prefill", of(WorkerRole::kPrefill)},
+                     {"decode", of(WorkerRole::kDecode)},
+                     {"both", of(WorkerRole::kBoth)}}}});
+}
+
 ApiResult<PlainAnswer> MetricsText(GatewayContext& context) {
   const Admission::Counts counts = context.admission.counts();
   context.request_metrics.SetNow(counts.waiting, counts.running, context.connections);

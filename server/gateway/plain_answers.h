@@ -18,6 +18,8 @@ ApiResult<PlainAnswer> ListModels(GatewayContext& context);
 ApiResult<PlainAnswer> DescribeOneModel(GatewayContext& context, const std::string& id);
 ApiResult<PlainAnswer> Live(GatewayContext& context);
 ApiResult<PlainAnswer> Ready(GatewayContext& context);
+// Ready, and how many workers of each role are.
+ApiResult<PlainAnswer> Health(GatewayContext& context);
 ApiResult<PlainAnswer> MetricsText(GatewayContext& context);
 ApiResult<PlainAnswer> Version(GatewayContext& context);
 ApiResult<PlainAnswer> Load(GatewayContext& context);

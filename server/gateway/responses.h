@@ -1,5 +1,6 @@
 #pragma once
-// OpenAI's /v1/responses: the request becomes a chat request, the answer a list of items. Nothing is stored.
+// OpenAI's /v1/responses: the request becomes a chat request (responses_body.h), the answer a list of items.
+// Nothing is stored.
 
 #include <memory>
 #include <string>
@@ -10,9 +11,6 @@
 #include "server/gateway/api_request.h"
 
 namespace millrace::server {
-
-// The chat body that a responses body means. Errors are 400s that name the field of the responses body. Pure.
-ApiResult<OrderedJson> ChatBodyOf(std::string_view responses_body);
 
 // Writes the answer. `body` is the responses body, which is echoed; what it borrows outlives it.
 std::unique_ptr<AnswerFormat> MakeResponsesFormat(const ApiRequest& request, const ModelInfo& model,

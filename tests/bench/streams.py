@@ -6,7 +6,8 @@
 A null_worker draws one token for every stream at the same instant, which is the hardest case there is: the age of the last
 one to arrive is the work of all the others. With --workers N the streams are spread over N workers, whose steps end one after the
 other, as those of a fleet do. Age is from the end of the step to the reader, CPU time is user and system per
-token. nginx (Debian's nginx-light; left out, and said, when it is not installed) passes the bytes on unbuffered: what it adds is
+token. Beside it, age is measured where nothing is added: the same number of streams read over gRPC from the workers themselves
+(direct_load), in turn; the difference is what the gateway adds. nginx (Debian's nginx-light; left out, and said, when it is not installed) passes the bytes on unbuffered: what it adds is
 what any proxy costs, the gateway's own share makes the bytes as well. MILLRACE_BIN names the binary.
 """
 
@@ -91,6 +92,7 @@ def main():
     if "nginx" not in ways:
         print("nginx is not installed: no comparison")
     reports = {way: [] for way in ways}
+    direct = []
     for _ in range(args.repeats):
         for way in ways:  # side by side, and every time with fresh processes: memory is from the start
             with tempfile.TemporaryDirectory() as directory:
@@ -101,12 +103,20 @@ def main():
                     reports[way].append(cluster.load(
                         nginx and nginx.address, processes=[("nginx", nginx.popen.pid)] if nginx else [], streams=args.streams,
                         slow=args.slow, slow_rate=args.slow_rate, tokens=args.tokens))
+                    if way == "gateway":
+                        direct.append(cluster.direct_load(streams=args.streams, tokens=args.tokens))
                 finally:
                     if nginx:
                         nginx.stop()
                     cluster.stop()
     for way in ways:
         table(way, reports[way])
+    print(f"\nwithout a gateway: {args.streams} streams; median (least .. most) of {args.repeats} runs")
+    for quantile in ("p50", "p99"):
+        print(f"  age on arrival, {quantile:4} ms   {spread([r['age_ms'][quantile] for r in direct], '{:.2f}')}")
+        added = [a["age_ms"][quantile] - b["age_ms"][quantile] for a, b in zip(reports["gateway"], direct)]
+        print(f"  the gateway adds, {quantile} ms  {spread(added, '{:.2f}')}")
+    reports["direct"] = direct
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(reports, indent=1))
 

@@ -151,6 +151,9 @@ def test_prometheus_scrapes_all_roles(watched, long_model, tmp_path):
         assert query('http_requests_total{handler="/v1/completions",method="POST",status="400"}')[0][1] == 1
         for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "request_duration_seconds"):
             assert query(f'gen_ai_server_{name}_count{{gen_ai_request_model="{model}"}}')[0][1] == REQUESTS, name
+        for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "request_duration_seconds", "input_sequence_tokens",
+                     "output_sequence_tokens"):
+            assert query(f'dynamo_frontend_{name}_count{{model="{model}"}}')[0][1] > 0, name
         # Two names of one thing.
         for ours, theirs in (('millrace_engine_output_tokens_total{job="decode"}', 'vllm:generation_tokens_total{job="decode"}'),
                              ("millrace_request_output_tokens_sum", "vllm:request_generation_tokens_sum"),
@@ -174,4 +177,4 @@ def test_vllm_names_can_be_left_out(logs, model):
                                                    "32MiB", "--vllm-metrics", "off"]).wait_started()
     page = harness.request(process.address, "GET", "/metrics")[2]
     assert process.stop() == 0
-    assert "vllm:" not in page and "millrace_build_info" in page
+    assert not re.search("vllm:|sglang:|dynamo_", page) and "millrace_build_info" in page

@@ -67,10 +67,23 @@ def test_tools(client, model):
     ({"input": [{"type": "image"}]}, "input[0].type"), ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
     ({"input": "a", "background": True}, "background"), ({"input": "a", "store": True}, "store"),
     ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0]"), ({"input": "a", "text": 1}, "text"),
-    ({"input": "a", "temperature": 9}, "temperature"), ({"input": [{"type": "function_call"}]}, "input[0].call_id")])
+    ({"input": "a", "temperature": 9}, "temperature"), ({"input": [{"type": "function_call"}]}, "input[0].call_id"),
+    ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"), ({"input": "a", "messages": []}, "messages"),
+    ({"input": "a", "n": 2}, "n"), ({"input": "a", "top_logprobs": 3}, "top_logprobs"), ({"input": "a", "suffix": "b"}, "suffix"),
+    ({"input": "a", "reasoning": {"effort": 7}}, "reasoning.effort"), ({"input": "a", "tool_choice": "required"}, "tool_choice"),
+    ({"input": "a", "text": {"format": {"type": "yaml"}}}, "text.format.type")])
 def test_refusals(server, body, param):
     status, _, text = harness.request(server.address, "POST", "/v1/responses", body)
     assert (status, json.loads(text)["error"]["param"]) == (400, param), text
+
+
+def test_what_chat_has_is_passed_on(server):
+    body = {"input": "What is a violin?", "temperature": 0, "max_output_tokens": 40}
+    text = lambda **more: harness.post(server.address, "/v1/responses", {**body, **more})["output"][0]["content"][0]["text"]  # noqa: E731
+    whole = text()
+    stop = whole[len(whole) // 2:][:3]
+    assert text(stop=stop) == whole[:whole.index(stop)]
+    assert text(made_up_field=1, top_logprobs=0, n=1) == whole
 
 
 def test_description_names_what_is_served(server, model, description):

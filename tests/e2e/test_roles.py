@@ -1,5 +1,6 @@
 """Several workers of each role: all are used, and the loss of one costs time, never an answer."""
 
+import json
 import threading
 import time
 
@@ -28,6 +29,9 @@ def test_roles_are_watched(cluster):
     """Health and readiness of a gateway with workers, and its own metrics."""
     for path in ("/live", "/ready", "/health"):
         assert harness.request(cluster.address, "GET", path)[0] == 200
+    health = lambda: json.loads(harness.request(cluster.address, "GET", "/health")[2])  # noqa: E731
+    assert health()["live"] and health()["ready"]
+    harness.wait_until(lambda: health()["workers_ready"] == {"prefill": 2, "decode": 2, "both": 0}, 30, "all are counted")
     assert harness.metric(cluster.address, "millrace_http_requests_total", path="/ready", status="200") >= 1
 
 

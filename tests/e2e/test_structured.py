@@ -162,6 +162,7 @@ def test_forced_tools(server, model):
      "response_format", "patternProperties"),
     ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", "(?="),
     ({"structured_outputs": {"regex": 7}}, "structured_outputs.regex", "string"),
+    ({"structured_outputs": {"regex": "(?P<"}}, "structured_outputs.regex", "'>'"),
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "choice"),
     ({"structured_outputs": {"grammar": "root ::= root"}}, "structured_outputs.grammar", "never end"),

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -76,6 +78,7 @@ TEST(GrammarTest, MatchesRegularExpressions) {
       {RegexOf(R"(\x41é\/[\]\-])"), {"Aé/]", "Aé/-"}, {"Aé/x"}},
       {RegexOf("."), {"a", "ü"}, {"", "\n"}},
       {RegexOf("(?:a|b)*?c"), {"c", "abac"}, {"ab"}},
+      {RegexOf("(?P<first>a)(?<second>b)"), {"ab"}, {"a"}},
       {RegexOf("(a?)*b"), {"b", "aab"}, {"a"}},
       {R"({"type":"choice","choices":["yes","yes!","no"]})", {"yes", "yes!", "no"}, {"ye", "no!", ""}},
   });
@@ -221,6 +224,8 @@ TEST(GrammarTest, RefusesByName) {
       {RegexOf("(?=a)"), "(?="},
       {RegexOf(R"(\bword)"), "\\b"},
       {RegexOf(R"(a\1)"), "\\1"},
+      {RegexOf("(?P<"), "'>'"},
+      {RegexOf("a(?<name"), "'>'"},
       {RegexOf("[z-a]"), "backwards"},
       {RegexOf("[a"), "]"},
       {RegexOf("*a"), "repeats nothing"},
@@ -263,11 +268,62 @@ const char* const kMaskSchemas[] = {
     R"({"type":"json_schema","schema":{"type":"object","properties":{"name":{"type":"string","maxLength":12},
         "age":{"type":"integer","minimum":0,"maximum":150},"tags":{"type":"array","items":{"enum":["a","bc","déf"]},
         "maxItems":3}},"required":["name","tags"]}})",
+    R"({"type":"json_schema","schema":{"type":"string","minLength":40,"maxLength":60}})",
     R"({"type":"regex","pattern":"[A-Z][a-z]{1,8}( [a-z]{1,8}){0,3}[.!?]"})",
     R"({"type":"choice","choices":["positive","negative","neutral"]})",
     R"({"type":"choice","choices":["positive","negative","neutral"],"thinking":true})",
     R"({"type":"grammar","grammar":"root ::= term ((\"+\" | \"*\") term)*\nterm ::= [0-9]{1,4} | \"(\" root \")\""})",
 };
+
+// Two states of one class cannot be told apart by as many bytes as was asked for, and long strings have few
+// classes: those near their limits, and one for each way to be inside a character.
+TEST(StateClassesTest, AreWhatAFewBytesCannotTellApart) {
+  for (const std::string& constraint :
+       {SchemaOf(R"({"type":"string","minLength":300,"maxLength":500})"), RegexOf("[a-c]{20,40}(x|yz)*"),
+        SchemaOf(R"({"type":"array","items":{"type":"string","maxLength":30},"maxItems":40})"),
+        GbnfOf("root ::= item{3,30} \"!\"\nitem ::= [ab] | \"(\" root \")\"")}) {
+    const auto automaton = Compile(constraint);
+    ASSERT_TRUE(automaton.ok()) << automaton.status();
+    const size_t count = (*automaton)->num_states();
+    for (const int32_t bytes : {0, 1, 3, 6}) {
+      const std::vector<int32_t> classes = ClassesOfStates(**automaton, bytes);
+      ASSERT_EQ(classes.size(), count);
+      std::map<int32_t, Automaton::State> first;
+      Random random(static_cast<uint64_t>(bytes));
+      for (size_t i = 0; i < count; ++i) {
+        const auto state = static_cast<Automaton::State>(i);
+        const auto other = first.try_emplace(classes[i], state).first->second;
+        if (other == state) continue;
+        Matcher matcher(**automaton);
+        for (int trial = 0; trial < 10; ++trial) {
+          Configs a, b, next;
+          a.list = {{state, 0}};
+          b.list = {{other, 0}};
+          for (int32_t k = 0; k < bytes; ++k) {
+            const std::string_view likely = "abc()\"\\xyzu0d1\xc3\xa9,[] !";
+            const auto byte = static_cast<uint8_t>(
+                random.Below(4) == 0 ? random.Below(256) : likely[random.Below(likely.size())]);
+            matcher.Step(a, byte, &next);
+            std::swap(a, next);
+            matcher.Step(b, byte, &next);
+            std::swap(b, next);
+            ASSERT_EQ(a.list.empty(), b.list.empty()) << constraint << ": " << state << ", " << other;
+            ASSERT_EQ(a.ends, b.ends) << constraint << ": " << state << ", " << other;
+          }
+        }
+      }
+    }
+  }
+  const auto text = Compile(SchemaOf(R"({"type":"string","minLength":400,"maxLength":500})"));
+  ASSERT_TRUE(text.ok());
+  const auto count = [&](int32_t bytes) {
+    const std::vector<int32_t> classes = ClassesOfStates(**text, bytes);
+    return std::set<int32_t>(classes.begin(), classes.end()).size();
+  };
+  EXPECT_GT(count(100'000), 4'000U) << "all counts differ in the end";
+  EXPECT_LT(count(10), 500U);
+  EXPECT_LT(count(1), 50U);
+}
 
 // Draws answers at random under the mask, comparing it at every step with the plain reference; every answer
 // that ends is a match, and there always is a way on.

@@ -1,9 +1,10 @@
-// Bodies of chat and completions: refused with a 4xx that has a message, or a request that keeps its
-// promises.
+// Bodies of chat, completions and responses: refused with a 4xx that has a message, or a request that keeps
+// its promises.
 #include <fuzzer/FuzzedDataProvider.h>
 
 #include "engine/grammar/constraint.h"
 #include "server/gateway/api_request.h"
+#include "server/gateway/responses_body.h"
 
 using namespace millrace;
 using namespace millrace::server;
@@ -30,6 +31,11 @@ void Check(const ApiRequest& request, const ModelInfo& model, const engine::Toke
   if (!sampling.constraint.empty() && !engine::BuildGrammar(sampling.constraint).ok()) __builtin_trap();
 }
 
+int CheckError(const ApiError& error) {
+  if (error.http_status < 400 || error.http_status > 499 || error.message.empty()) __builtin_trap();
+  return 0;
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
@@ -37,13 +43,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
       *engine::Tokenizer::Load(std::string(MILLRACE_SOURCE_DIR) + "/deploy/models/ling-tiny");
   static const ModelInfo model = {.name = "m", .context_max = 2048};
   FuzzedDataProvider data(bytes, size);
-  const Endpoint endpoint = data.ConsumeBool() ? Endpoint::kChat : Endpoint::kCompletions;
-  const auto parsed = ParseApiRequest(endpoint, data.ConsumeRemainingBytesAsString(), model, *tokenizer);
-  if (parsed.ok()) {
-    Check(*parsed, model, *tokenizer);
-  } else if (parsed.error().http_status < 400 || parsed.error().http_status > 499 ||
-             parsed.error().message.empty()) {
-    __builtin_trap();
+  const int kind = data.ConsumeIntegralInRange(0, 2);
+  const Endpoint endpoint = kind == 0 ? Endpoint::kCompletions : Endpoint::kChat;
+  std::string body = data.ConsumeRemainingBytesAsString();
+  if (kind == 2) {
+    const auto chat = ChatBodyOf(body);
+    if (!chat.ok()) return CheckError(chat.error());
+    body = DumpJson(*chat);
   }
+  const auto parsed = ParseApiRequest(endpoint, body, model, *tokenizer);
+  if (!parsed.ok()) return CheckError(parsed.error());
+  Check(*parsed, model, *tokenizer);
   return 0;
 }

@@ -53,6 +53,15 @@ class NullCluster:
         assert done.returncode == 0, done.stderr + self.gateway.output()[-2000:]
         return json.loads(done.stdout)
 
+    def direct_load(self, patience=120, **options):
+        """The report of one direct_load: the same streams without the gateway."""
+        args = [program("direct_load"), "--tokens-file", self.tokens_file]
+        for name, value in options.items():
+            args += [f"--{name.replace('_', '-')}", value]
+        done = subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=patience)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
     def gateway_files(self):
         return len(os.listdir(f"/proc/{self.gateway.popen.pid}/fd"))
 
