@@ -17,7 +17,9 @@ constexpr uint64_t kSenderEpoch = 77;
 constexpr Duration kFaultsEnd = milliseconds(600);
 // After the last fault: every path is up again within kHealed, and nothing is left undone.
 constexpr Duration kHealed = std::chrono::seconds(2);
-// Longer than the longest pause before a path connects again, or a peer would be lost whose rails live.
+// The longest pause before a path connects again, and a peer's patience: longer, or one would be lost whose
+// rails live.
+constexpr Duration kPauseMax = milliseconds(510);
 constexpr Duration kPeerTimeout = std::chrono::seconds(1);
 
 // A ticket's life: several requests to the same blocks, one after the other, then the close; or an abort
@@ -114,7 +116,8 @@ class Schedule {
 
   // The receiver lives, and may know nothing of it.
   void Reopen() {
-    if (!severed_) checks_.Fail(world_, "the peer was lost though rails lived");
+    if (!severed_ && world_.Now() - healed_ > kPauseMax)
+      checks_.Fail(world_, "the peer was lost though rails lived");
     ++reopened_;
     OpenPeer(receiver().epoch);
   }
@@ -289,7 +292,9 @@ class Schedule {
     const TimePoint begin = world_.Now() + microseconds(random_.Below(400'000));
     const TimePoint end =
         std::min(begin + microseconds(1'000 + random_.Below(200'000)), world_.Now() + kFaultsEnd);
+    // No fault of one rail heals it while all are severed.
     const auto cut = [rail](bool on) {
+      if (rail->severed) return;
       rail->cut = on;
       if (!on) return;
       const auto paths = rail->paths;
@@ -303,7 +308,7 @@ class Schedule {
       case 1:
       case 2:
         world_.At(begin, [rail] { rail->black_hole = true; });
-        world_.At(end, [rail] { rail->black_hole = false; });
+        world_.At(end, [rail] { rail->black_hole = rail->severed; });
         break;
       case 3: {
         const double factor = 0.02 + 0.5 * random_.Uniform();
@@ -335,6 +340,7 @@ class Schedule {
     faults_end_ = std::max(faults_end_, end);
     const auto sever = [this](bool on) {
       severed_ = on;
+      healed_ = world_.Now();
       for (Rail& rail : rails_) {
         rail.severed = rail.cut = rail.black_hole = on;
         const auto paths = rail.paths;
@@ -390,6 +396,7 @@ class Schedule {
   transfer::RegionId region_ = 0;
   std::vector<Rail> rails_;
   bool severed_ = false;
+  TimePoint healed_{};
   TimePoint faults_end_ = world_.Now() + kFaultsEnd;
   std::vector<std::unique_ptr<Receiver>> receivers_;
   std::vector<std::unique_ptr<transfer::Peer>> peers_;
