@@ -24,7 +24,6 @@ constexpr Duration kSoundAfter = std::chrono::seconds(1);  // up for so long: th
 constexpr double kProbationShare = 1.0 / 8;
 constexpr Duration kProbationProbes = milliseconds(20);  // between probes of an idle path in probation
 constexpr int32_t kBadChecksumsMax = 8;
-constexpr Duration kTrialPeriod = std::chrono::seconds(1);
 constexpr uint64_t kFirstWindowBytes = 1 << 20;
 constexpr uint64_t kSliceStep = 64 << 10;
 
@@ -77,7 +76,7 @@ Duration PathControl::Predict(uint64_t more_bytes) const {
 
 bool PathControl::DueForTrial(TimePoint now) const {
   return state_ == PathState::kUp && in_flight_.empty() && meter_.HasBeenFaster() &&
-         now - last_sent_ >= kTrialPeriod;
+         now - last_sent_ >= options_->trial_period;
 }
 
 void PathControl::Send(TimePoint now, const Slice& slice) {

@@ -99,6 +99,9 @@ struct Options {
   // No slice counts as late before, however fast its path; patience with silence and probes are multiples of
   // it. Less finds outages sooner; more is calmer where a process may have to wait for a processor.
   Duration late_min = std::chrono::milliseconds(8);
+  // A path that was once at least twice as fast and was given nothing for so long takes a slice, to be
+  // measured anew.
+  Duration trial_period = std::chrono::seconds(1);
   Metrics* metrics = nullptr;  // may be null; outlives the engine
 };
 

@@ -12,9 +12,6 @@ namespace {
 using transfer::Slice;
 using transfer::SliceOutcome;
 
-constexpr uint64_t kRequestBlocks = 256;  // 16 MiB
-constexpr int kRequests = 4;
-
 // Slices are bound to rails when a request arrives: in turn, or in one equal run for each. A rail that is
 // silent for the plan's patience is given up, and what it held goes to the others in turn.
 class EarlyBinder : public transfer::PathOwner {
@@ -113,16 +110,18 @@ class Outage {
  public:
   Outage(Policy policy, const OutagePlan& plan)
       : plan_(plan),
-        receiver_(&world_, &checks_, Bug::kNone, 1, kRequests * kRequestBlocks),
+        receiver_(&world_, &checks_, Bug::kNone, 1, plan.requests * plan.request_blocks),
         rails_(plan.rails) {
+    const uint64_t blocks = plan.requests * plan.request_blocks;
+    options_.trial_period = plan.trial_period;
     sources_.base = reinterpret_cast<std::byte*>(uint64_t{1} << 41);
-    for (uint64_t b = 0; b < kRequests * kRequestBlocks; ++b) {
+    for (uint64_t b = 0; b < blocks; ++b) {
       sources_.busy.insert(b);
       sources_.stamp_of_block[b] = 1;
     }
     memory_ = std::make_shared<transfer::MemoryTable>();
-    region_ = memory_->Register({sources_.base, kRequests * kRequestBlocks * kBlock}, true);
-    ticket_ = *receiver_.memory.Open(kEpoch, {{receiver_.region, 0, kRequests * kRequestBlocks * kBlock}});
+    region_ = memory_->Register({sources_.base, blocks * kBlock}, true);
+    ticket_ = *receiver_.memory.Open(kEpoch, {{receiver_.region, 0, blocks * kBlock}});
     for (Rail& rail : rails_) rail.bytes_per_second = plan.bytes_per_second;
     if (policy == Policy::kLateBinding) {
       peer_ = std::make_unique<transfer::Peer>(1, 1, "sim", &options_, &world_, 7);
@@ -144,10 +143,14 @@ class Outage {
 
   std::vector<double> Run() {
     const TimePoint start = world_.Now();
-    world_.At(start + plan_.begins, [this] { rails_[0].black_hole = true; });
-    world_.At(start + plan_.ends, [this] { rails_[0].black_hole = false; });
+    const auto strike = [this](bool on) {
+      rails_[0].black_hole = on && plan_.factor == 0;
+      rails_[0].factor = on && plan_.factor > 0 ? plan_.factor : 1;
+    };
+    world_.At(start + plan_.begins, [strike] { strike(true); });
+    world_.At(start + plan_.ends, [strike] { strike(false); });
     world_.After(std::chrono::milliseconds(2), [this] {
-      for (uint64_t slot = 0; slot < kRequests; ++slot) Start(slot);
+      for (uint64_t slot = 0; slot < plan_.requests; ++slot) Start(slot);
     });
     std::vector<double> bins;
     uint64_t before = 0;
@@ -168,18 +171,18 @@ class Outage {
 
   void Start(uint64_t slot) {
     if (ending_) return;
-    const uint64_t at = slot * kRequestBlocks * kBlock;
+    const uint64_t at = slot * plan_.request_blocks * kBlock;
     if (peer_ != nullptr) {
       transfer::Request request;
       request.ticket = ticket_;
       auto list = transfer::IntentList::Create(
-          memory_, {{{region_, at, kRequestBlocks * kBlock}, receiver_.region, at}});
+          memory_, {{{region_, at, plan_.request_blocks * kBlock}, receiver_.region, at}});
       peer_->Add(request, *std::move(list),
                  [this, slot](const Status&) { world_.After(Duration(1), [this, slot] { Start(slot); }); });
       return;
     }
     std::vector<Slice> slices;
-    for (uint64_t b = 0; b < kRequestBlocks; b += 4) {
+    for (uint64_t b = 0; b < plan_.request_blocks; b += 4) {
       Slice slice;
       slice.id = ++next_slice_;
       slice.request = slot;

@@ -13,8 +13,8 @@ using transfer::SliceOutcome;
 
 const char* Name(Bug bug) {
   static constexpr const char* kNames[] = {
-      "None",           "FlushIsSuccess", "SkipDrain",       "LeftoversLand", "ReusedEpoch",
-      "ForgottenSlice", "ReadAfterDone",  "ChecksumIgnored", "TimerDrains",   "ReadUnpinned"};
+      "None",          "FlushIsSuccess",  "SkipDrain",   "LeftoversLand", "ReusedEpoch", "ForgottenSlice",
+      "ReadAfterDone", "ChecksumIgnored", "TimerDrains", "ReadUnpinned",  "NumbersAnew"};
   return kNames[static_cast<int>(bug)];
 }
 
@@ -33,6 +33,9 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
     receiver_->landing.Join(sender_epoch_);
   }
   void LeavePath() { path_ = nullptr; }
+  // Its sender has gone without a word that came through: this end stays half open, and what was on the way
+  // comes when a retransmission does.
+  void LeaveHalfOpen() { held_until_ = world_->Now() + microseconds(random_->Below(4'000'000)); }
   bool closed() const { return closed_; }
 
   // A frame of `bytes` enters the rail now: `begins` when its first byte arrives, `ends` with its last.
@@ -59,11 +62,12 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
   }
 
   void Deliver() {
-    if (rail_->black_hole) {
+    if (rail_->black_hole || world_->Now() < held_until_) {
       if (!polling_ && !closed_) {
         polling_ = true;
         // A retransmission finds the rail healed some time later.
-        world_->After(milliseconds(5) + microseconds(random_->Below(50'000)), [self = shared_from_this()] {
+        const Duration pause = milliseconds(5) + microseconds(random_->Below(50'000));
+        world_->At(std::max(world_->Now() + pause, held_until_), [self = shared_from_this()] {
           self->polling_ = false;
           self->Deliver();
         });
@@ -253,6 +257,7 @@ class SimConnection : public transfer::Lander, public std::enable_shared_from_th
   std::deque<std::function<void()>> queue_;
   int due_ = 0;
   bool polling_ = false;
+  TimePoint held_until_{};  // of a half-open end
   bool closed_ = false;
   Slice slice_;
   uint64_t stamp_ = 0;
@@ -330,6 +335,7 @@ void SimPath::Disconnect() {
   if (connection_ != nullptr) {
     // What is on the way goes on; behind it comes the end of the connection.
     connection_->LeavePath();
+    if (rail_->severed) connection_->LeaveHalfOpen();
     connection_->Arrive(std::max(world_->Now(), rail_->busy_until) + rail_->delay,
                         [connection = connection_.get()] { connection->Close(); });
     connection_.reset();

@@ -37,11 +37,13 @@ enum class Bug {
   kChecksumIgnored,  // damaged bytes are answered as landed
   kTimerDrains,      // a closing ticket is given up by the clock, not by proof
   kReadUnpinned,     // a read's pin is given back when it is answered, not when its bytes have left memory
+  kNumbersAnew,      // a peer that is opened again after it was lost numbers its slices from 1
 };
 const char* Name(Bug bug);
 inline constexpr Bug kBugs[] = {Bug::kFlushIsSuccess,  Bug::kSkipDrain,      Bug::kLeftoversLand,
                                 Bug::kReusedEpoch,     Bug::kForgottenSlice, Bug::kReadAfterDone,
-                                Bug::kChecksumIgnored, Bug::kTimerDrains,    Bug::kReadUnpinned};
+                                Bug::kChecksumIgnored, Bug::kTimerDrains,    Bug::kReadUnpinned,
+                                Bug::kNumbersAnew};
 
 // What the checkers know. The first violation is kept.
 struct Checks {
@@ -56,6 +58,7 @@ struct Rail {
   double bytes_per_second = 1e9;
   Duration delay = std::chrono::microseconds(50);
   bool cut = false;         // connections break at once, new ones are refused
+  bool severed = false;     // with cut and black_hole: the receiver does not learn of it for long
   bool black_hole = false;  // nothing arrives, nobody is told
   double factor = 1;        // of the rate
   double damage = 0;        // probability that a slice's bytes are wrong

@@ -17,6 +17,10 @@ constexpr uint64_t kSenderEpoch = 77;
 constexpr Duration kFaultsEnd = milliseconds(600);
 // After the last fault: every path is up again within kHealed, and nothing is left undone.
 constexpr Duration kHealed = std::chrono::seconds(2);
+// The longest pause before a path connects again, and a peer's patience: longer, or one would be lost whose
+// rails live.
+constexpr Duration kPauseMax = milliseconds(510);
+constexpr Duration kPeerTimeout = std::chrono::seconds(1);
 
 // A ticket's life: several requests to the same blocks, one after the other, then the close; or an abort
 // midway.
@@ -36,6 +40,8 @@ class Schedule {
   Schedule(uint64_t seed, Bug bug) : random_(seed), bug_(bug) {
     options_.queued_bytes_max = uint64_t{1} << 40;
     options_.connections_per_path = 1;
+    options_.peer_timeout = kPeerTimeout;
+    options_.trial_period = milliseconds(50);  // so that there are trials
     sources_.base = reinterpret_cast<std::byte*>(uint64_t{1} << 41);
     memory_ = std::make_shared<transfer::MemoryTable>();
     region_ = memory_->Register({sources_.base, kBlocks * kBlock}, true);
@@ -50,6 +56,7 @@ class Schedule {
       world_.After(microseconds(random_.Below(500'000)), [this] { StartJob(); });
     const uint64_t faults = random_.Below(6);
     for (uint64_t i = 0; i < faults; ++i) PlanFault();
+    if (random_.Below(4) == 0) PlanSilence();
     world_.After(milliseconds(50), [this] { Watch(); });
   }
 
@@ -59,10 +66,11 @@ class Schedule {
   }
 
   Outcome Run() {
-    const TimePoint end = world_.Now() + kFaultsEnd + kHealed;
+    const TimePoint end = faults_end_ + kHealed;
     TimePoint next{};
     while (checks_.violation.empty()) {
       for (const auto& peer : peers_) next = std::min(next, peer->Tick(world_.Now()));
+      if (peer().lost()) Reopen();
       const TimePoint until = std::min(next, end);
       next = kNoDeadline;
       if (!world_.Step(until) && world_.Now() >= end) break;
@@ -74,6 +82,7 @@ class Schedule {
     outcome.requests_ok = ok_;
     outcome.reads_ok = reads_ok_;
     outcome.requests_failed = failed_;
+    outcome.reopened = reopened_;
     std::vector<transfer::PathSnapshot> paths;
     for (const auto& peer : peers_) peer->Describe(&paths);
     for (const auto& path : paths) {
@@ -91,13 +100,26 @@ class Schedule {
   void StartReceiver() {
     const uint64_t epoch = bug_ == Bug::kReusedEpoch ? 1000 : 1000 + receivers_.size();
     receivers_.push_back(std::make_unique<Receiver>(&world_, &checks_, bug_, epoch, kBlocks));
-    peers_.push_back(std::make_unique<transfer::Peer>(1, epoch, "sim", &options_, &world_, random_.Next()));
+    OpenPeer(epoch);
+  }
+
+  void OpenPeer(uint64_t epoch) {
+    const auto id = bug_ == Bug::kNumbersAnew ? 1 : static_cast<transfer::PeerId>(peers_.size() + 1);
+    peers_.push_back(std::make_unique<transfer::Peer>(id, epoch, "sim", &options_, &world_, random_.Next()));
     for (size_t i = 0; i <= rails_.size(); ++i) {
       const bool control = i == rails_.size();
       Rail* const rail = &rails_[control ? 0 : i];
       peer().AddPath(std::make_unique<SimPath>(&world_, rail, &receiver(), &sources_, kSenderEpoch, &random_,
                                                fmt::format("rail{}", i), control));
     }
+  }
+
+  // The receiver lives, and may know nothing of it.
+  void Reopen() {
+    if (!severed_ && world_.Now() - healed_ > kPauseMax)
+      checks_.Fail(world_, "the peer was lost though rails lived");
+    ++reopened_;
+    OpenPeer(receiver().epoch);
   }
 
   // Takes free blocks of the receiver for a ticket.
@@ -176,13 +198,15 @@ class Schedule {
       --pending_;
       if (read && status.ok()) CheckRead(*job, source, stamp);
       FreeSource(job->count, source);
-      CheckDone(*job, owner, stamp, status, began);
+      CheckDone(*job, owner, *to, stamp, status, began);
       // Sometimes at once, sometimes late: what was written stays until somebody writes anew.
       const uint64_t pause = random_.Below(2) == 0 ? random_.Below(2'000) : random_.Below(60'000);
       world_.After(microseconds(pause), [=, this] {
-        if (to->lost()) return Abandon(job, owner);
+        if (owner->dead) return Abandon(job, owner);
         if (status.ok()) CheckStamps(*job, owner, stamp, began);
-        Next(job, owner, to);
+        if (!to->lost()) return Next(job, owner, to);
+        // Given up with its peer, or tried again in the same place under the same ticket.
+        random_.Below(3) == 0 ? Close(job, owner) : Next(job, owner, &peer());
       });
     });
   }
@@ -208,12 +232,13 @@ class Schedule {
     }
   }
 
-  void CheckDone(const Job& job, Receiver* owner, uint64_t stamp, const Status& status, TimePoint began) {
+  void CheckDone(const Job& job, Receiver* owner, const transfer::Peer& to, uint64_t stamp,
+                 const Status& status, TimePoint began) {
     if (!status.ok()) {
       ++failed_;
-      const bool expected =
-          owner->dead || (job.aborted && (status.code() == absl::StatusCode::kCancelled ||
-                                          status.code() == absl::StatusCode::kPermissionDenied));
+      const bool expected = owner->dead || to.lost() ||
+                            (job.aborted && (status.code() == absl::StatusCode::kCancelled ||
+                                             status.code() == absl::StatusCode::kPermissionDenied));
       if (!expected)
         checks_.Fail(world_, fmt::format("a request failed though a rail lived: {}", Message(status)));
       return;
@@ -267,7 +292,9 @@ class Schedule {
     const TimePoint begin = world_.Now() + microseconds(random_.Below(400'000));
     const TimePoint end =
         std::min(begin + microseconds(1'000 + random_.Below(200'000)), world_.Now() + kFaultsEnd);
+    // No fault of one rail heals it while all are severed.
     const auto cut = [rail](bool on) {
+      if (rail->severed) return;
       rail->cut = on;
       if (!on) return;
       const auto paths = rail->paths;
@@ -281,7 +308,7 @@ class Schedule {
       case 1:
       case 2:
         world_.At(begin, [rail] { rail->black_hole = true; });
-        world_.At(end, [rail] { rail->black_hole = false; });
+        world_.At(end, [rail] { rail->black_hole = rail->severed; });
         break;
       case 3: {
         const double factor = 0.02 + 0.5 * random_.Uniform();
@@ -304,6 +331,26 @@ class Schedule {
         restart_planned_ = true;
         world_.At(begin, [this] { Restart(); });
     }
+  }
+
+  // Every rail is severed for longer than a peer is waited for.
+  void PlanSilence() {
+    const TimePoint begin = world_.Now() + microseconds(random_.Below(400'000));
+    const TimePoint end = begin + kPeerTimeout + milliseconds(100 + random_.Below(300));
+    faults_end_ = std::max(faults_end_, end);
+    const auto sever = [this](bool on) {
+      severed_ = on;
+      healed_ = world_.Now();
+      for (Rail& rail : rails_) {
+        rail.severed = rail.cut = rail.black_hole = on;
+        const auto paths = rail.paths;
+        for (SimPath* const path : paths) {
+          if (on) path->Cut();
+        }
+      }
+    };
+    world_.At(begin, [sever] { sever(true); });
+    world_.At(end, [sever] { sever(false); });
   }
 
   void Restart() {
@@ -348,11 +395,15 @@ class Schedule {
   std::shared_ptr<transfer::MemoryTable> memory_;  // shared with intent lists
   transfer::RegionId region_ = 0;
   std::vector<Rail> rails_;
+  bool severed_ = false;
+  TimePoint healed_{};
+  TimePoint faults_end_ = world_.Now() + kFaultsEnd;
   std::vector<std::unique_ptr<Receiver>> receivers_;
   std::vector<std::unique_ptr<transfer::Peer>> peers_;
   std::vector<bool> taken_ = std::vector<bool>(kBlocks);
   uint64_t next_stamp_ = 0;
   int pending_ = 0, jobs_open_ = 0, ok_ = 0, reads_ok_ = 0, failed_ = 0;
+  uint64_t reopened_ = 0;
   bool restart_planned_ = false;
 };
 

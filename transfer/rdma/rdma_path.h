@@ -46,6 +46,7 @@ class RdmaPath : public Path {
   void Probe(uint64_t probe) override;
 
   uint64_t link() const { return target_.link; }
+  const ControlChannel* control() const { return control_; }
   const Device* device() const { return device_; }
   Endpoint* endpoint() const { return endpoint_.get(); }  // may be null
   void OnAccept(const v1::Accept& accept);

@@ -136,15 +136,15 @@ void RdmaRails::OnControl(ControlChannel* channel, const std::string& body) {
     case v1::Message::kConnect:
       return OnConnect(message.connect(), channel);
     case v1::Message::kAccept: {
-      const auto found = paths_.find(message.accept().link());
-      if (found != paths_.end()) found->second->OnAccept(message.accept());
+      if (RdmaPath* const path = FindPath(message.accept().link(), channel); path != nullptr)
+        path->OnAccept(message.accept());
       return;
     }
     case v1::Message::kBroken: {
       const v1::Broken& broken = message.broken();
       if (!broken.from_initiator()) {
-        const auto found = paths_.find(broken.link());
-        if (found != paths_.end()) found->second->OnPeerBroke(broken);
+        if (RdmaPath* const path = FindPath(broken.link(), channel); path != nullptr)
+          path->OnPeerBroke(broken);
         return;
       }
       const auto found = targets_.find({channel->peer_epoch(), broken.link()});
@@ -154,6 +154,12 @@ void RdmaRails::OnControl(ControlChannel* channel, const std::string& body) {
     case v1::Message::KIND_NOT_SET:
       return;
   }
+}
+
+// A peer speaks for its own links alone.
+RdmaPath* RdmaRails::FindPath(uint64_t link, const ControlChannel* channel) const {
+  const auto found = paths_.find(link);
+  return found == paths_.end() || found->second->control() != channel ? nullptr : found->second;
 }
 
 void RdmaRails::OnConnect(const v1::Connect& connect, ControlChannel* channel) {

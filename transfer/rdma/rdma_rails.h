@@ -42,6 +42,7 @@ class RdmaRails : public RailKind {
 
  private:
   using LinkName = std::pair<uint64_t, uint64_t>;  // the initiator's epoch, and its name for the link
+  RdmaPath* FindPath(uint64_t link, const ControlChannel* channel) const;  // null: there is none
   void OnConnect(const v1::Connect& connect, ControlChannel* channel);
   void OnDeviceEvents(size_t device);
   void BreakDevice(size_t device, const Status& why);

@@ -1,7 +1,12 @@
-"""Unshaped loopback: shared memory next to memcpy, one and four paths next to iperf3, small writes idle and under bulk load, scattered descriptors."""
+"""Unshaped loopback: shared memory next to memcpy, one and four paths next to iperf3 and bare sockets, small writes idle and under bulk load, scattered descriptors."""
 
 import ctypes
 import json
+import mmap
+import os
+import resource
+import selectors
+import socket
 import statistics
 import subprocess
 import time
@@ -26,6 +31,62 @@ def iperf(streams, block, *flags, seconds=3):
     received = end["sum_received"]
     cpu_seconds = (cpu["host_total"] + cpu["remote_total"]) / 100 * received["seconds"]
     return received["bits_per_second"] / 8, cpu_seconds / (received["bytes"] / 1e9)
+
+
+def bare(streams, memory_bytes, seconds=3):
+    """(bytes per second, CPU seconds per GB of both ends) of nothing but sockets, set as ours are: one thread at each end, that sends
+    from memory and receives into memory of this size, 512 KiB a call, and sums nothing up."""
+    chunk = 512 << 10
+
+    def memory():
+        pages = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, memory_bytes, 4096):
+            pages[at] = 1
+        return memoryview(pages)
+
+    def end(connections, pages, sends):
+        selector = selectors.EpollSelector()
+        for connection in connections:
+            connection.setblocking(False)
+            selector.register(connection, selectors.EVENT_WRITE if sends else selectors.EVENT_READ)
+        at = moved = 0
+        began, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+        while selector.get_map() and not (sends and time.monotonic() - began > seconds):
+            for key, _ in selector.select():
+                part = pages[at:at + chunk]
+                count = key.fileobj.send(part) if sends else key.fileobj.recv_into(part)
+                if count == 0:
+                    selector.unregister(key.fileobj)
+                moved += count
+                at = at + count if at + count + chunk <= memory_bytes else 0
+        now = resource.getrusage(resource.RUSAGE_SELF)
+        return moved, time.monotonic() - began, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+
+    def tuned(connection):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        news, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                pages = memory()
+                os.write(tell, json.dumps(end([tuned(listener.accept()[0]) for _ in range(streams)], pages, False)).encode())
+            finally:
+                os._exit(0)
+        os.close(tell)
+        pages = memory()
+        connections = [tuned(socket.create_connection(listener.getsockname())) for _ in range(streams)]
+        sent = end(connections, pages, True)
+        for connection in connections:
+            connection.close()
+        with os.fdopen(news) as report:
+            received = json.load(report)
+        os.waitpid(child, 0)
+    return received[0] / received[1], (sent[2] + received[2]) / (received[0] / 1e9)
 
 
 class LoopbackTarget:
@@ -65,19 +126,23 @@ def throughput(args, log_dir, results):
     for rails in (1, 4):
         for block, depth in (("1MiB", 8), ("16MiB", 4)):
             moved = []
-            beside = {"as the system is set": [], "-C reno": []}  # ours is reno within a host
+            # Ours is reno within a host, and from and to 64 MiB.
+            beside = {"iperf3": [], "iperf3 -C reno": [], "bare sockets, 1 MiB of memory": [], "bare sockets, 64 MiB of memory": []}
             for _ in range(args.runs):
                 with LoopbackTarget(log_dir, rails) as target:
                     row = target.run("--kind", "tcp", "--block", block, "--depth", depth, "--seconds", 3)
                 moved.append(row["bytes_per_second"] / 1e9)
                 for name, ratios in beside.items():
-                    limit, limit_cpu = iperf(rails, 1 << 20, *(["-C", "reno"] if "reno" in name else []))
+                    if "bare" in name:
+                        limit, limit_cpu = bare(rails, (64 if "64" in name else 1) << 20)
+                    else:
+                        limit, limit_cpu = iperf(rails, 1 << 20, *(["-C", "reno"] if "reno" in name else []))
                     ratios.append((row["bytes_per_second"] / limit, cpu_per_gb(row) / limit_cpu))
-                    results.append({"case": "throughput", "rails": rails, "block": block, "iperf_flags": name, "iperf": limit,
-                                    "iperf_cpu_per_gb": limit_cpu, "row": row})
+                    results.append({"case": "throughput", "rails": rails, "block": block, "beside": name, "limit": limit,
+                                    "limit_cpu_per_gb": limit_cpu, "row": row})
             print(f"{rails} path(s), {block:>5} writes: {med(moved)} GB/s", flush=True)
             for name, ratios in beside.items():
-                print(f"    beside iperf3 -P {rails}, {name}: {med([r[0] for r in ratios])} x its rate, "
+                print(f"    beside {name}, {rails} stream(s): {med([r[0] for r in ratios])} x its rate, "
                       f"{med([r[1] for r in ratios])} x its CPU s/GB", flush=True)
 
 

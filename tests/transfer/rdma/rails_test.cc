@@ -332,6 +332,57 @@ TEST_F(RdmaRailsTest, TicketsAbortedAtRandomUnderFaultsLeaveNothing) {
   EXPECT_TRUE(BothUp());
 }
 
+// Links are numbered from 1, so another peer's number is easily said.
+TEST(RdmaControl, APeerSpeaksForItsOwnLinksAlone) {
+  struct Channel : ControlChannel {
+    bool SendMessage(const std::string&, const std::string& body) override {
+      return sent.ParseFromString(body);
+    }
+    uint64_t peer_epoch() const override { return 6; }
+    rdma::v1::Message sent;
+  };
+  struct Owner : PathOwner {
+    void OnConnected(Path*) override {}
+    void OnBroken(Path* path, const Status&) override {
+      ++broken;
+      path->Disconnect();
+    }
+    void OnSliceDone(Path*, uint64_t, SliceOutcome) override {}
+    void OnProbeDone(Path*, uint64_t) override {}
+    void OnRefused(const Status&) override {}
+    int broken = 0;
+  };
+  FakeFabric fabric({"a0"});
+  {
+    auto loop = *EventLoop::Create();
+    const Options options = RdmaOptions("a*");
+    RailEnvironment environment;
+    environment.loop = loop.get();
+    environment.clock = &Clock::System();
+    environment.options = &options;
+    rdma::RdmaRails rails(environment, fabric.verbs());
+    ASSERT_TRUE(rails.Start().ok());
+    Channel peer, other;
+    Owner owner;
+    auto paths = rails.MakePaths({6, "peer", {{"rdma", rails.Addresses()[0].address}}}, &peer);
+    ASSERT_TRUE(paths.ok()) << paths.status();
+    (*paths)[0]->Attach(&owner);
+    (*paths)[0]->Connect();
+    rdma::v1::Message refusal, end;
+    refusal.mutable_accept()->set_link(peer.sent.connect().link());
+    refusal.mutable_accept()->set_generation(peer.sent.connect().generation());
+    refusal.mutable_accept()->set_refusal("no");
+    end.mutable_broken()->set_link(peer.sent.connect().link());
+    end.mutable_broken()->set_generation(peer.sent.connect().generation());
+    rails.OnControl(&other, refusal.SerializeAsString());
+    rails.OnControl(&other, end.SerializeAsString());
+    EXPECT_EQ(owner.broken, 0);
+    rails.OnControl(&peer, refusal.SerializeAsString());
+    EXPECT_EQ(owner.broken, 1);
+  }
+  EXPECT_EQ(fabric.live(), 0) << fabric.live_text();
+}
+
 TEST(RdmaAskedFor, IsRefusedByNameWhereThereIsNone) {
   FakeFabric fabric({"a0"});
   rdma::ReplaceSystemVerbs(fabric.verbs());
