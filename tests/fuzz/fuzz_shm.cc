@@ -4,6 +4,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <set>
+
 #include "base/log.h"
 #include "transfer/shm/shm_path.h"
 #include "transfer/shm/shm_receiver.h"
@@ -85,29 +87,33 @@ void Converse(FuzzedDataProvider& data, EventLoop* loop, int fd, const std::vect
 
 struct Owner : PathOwner {
   void OnConnected(Path* path) override {
-    Slice write;
-    write.id = 1;
-    write.local = memory;
-    path->Send(write);
-    if (broken) return;  // within Send
-    Slice read = write;
-    read.id = 2;
-    read.operation = Operation::kRead;
-    path->Send(read);
+    SendSlice(path, Operation::kWrite);
+    if (!broken) SendSlice(path, Operation::kRead);
     if (!broken) path->Probe(3);
   }
   void OnBroken(Path* path, const Status&) override {
     broken = true;
     path->Disconnect();
   }
-  void OnSliceDone(Path*, uint64_t slice, SliceOutcome) override {
-    if (slice > 2 || ++ended[slice] > 1) abort();
+  // What comes back is sent again while the path is not said to be broken, as Peer does.
+  void OnSliceDone(Path* path, uint64_t slice, SliceOutcome outcome) override {
+    if (under_way.erase(slice) == 0) abort();
+    if (outcome == SliceOutcome::kUnknown && !broken && next < 10) SendSlice(path, Operation::kWrite);
+  }
+  void SendSlice(Path* path, Operation operation) {
+    Slice slice;
+    slice.id = next++;
+    slice.operation = operation;
+    slice.local = memory;
+    under_way.insert(slice.id);
+    path->Send(slice);
   }
   void OnProbeDone(Path*, uint64_t) override {}
   void OnRefused(const Status&) override {}
 
   std::vector<std::byte> memory = std::vector<std::byte>(kLarge);
-  int ended[3] = {};
+  uint64_t next = 1;
+  std::set<uint64_t> under_way;
   bool broken = false;
 };
 
@@ -163,6 +169,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
       hello.kind = ShmKind::kHelloAnswer;
       if (polite) (void)ShmSend(server.get(), hello);
       Converse(data, loop.get(), server.get(), source, [&] { return owner.broken; });
+      if (!owner.under_way.empty()) abort();  // a slice that was never reported
     }
     loop->RunRemaining();
   }
