@@ -1,27 +1,25 @@
 """A cluster of one machine: podman runs the pods, and this plays what Kubernetes would do around them - the kubelet's probes and
-termination, a Deployment's replacement of pods, cluster DNS for headless services, and the gateways' Service.
+termination, a Deployment's and a LeaderWorkerSet's replacement of pods, and with network.py DNS, the Service and network policies.
 
 Everything lives in a network namespace that the caller made (see test_pods.py). Needs podman, root and a kernel that lets
 containers run.
 """
 
+import itertools
 import json
 import os
 import pathlib
-import random
 import resource
-import select
-import socket
-import struct
 import subprocess
 import threading
 import time
 
 import grpc
+import lws
 import yaml
+from network import DNS_ADDRESS, Policies
 
-DNS_ADDRESS = "10.99.0.53"
-SERVICE_ADDRESS = "10.99.0.80"
+NODE = "10.88.0.1"  # this side of podman's bridge
 
 
 class Podman:
@@ -46,81 +44,6 @@ class Podman:
         return run.stdout.strip()
 
 
-class Names:
-    """Cluster DNS: each name's addresses now, by UDP."""
-
-    def __init__(self):
-        self.addresses = {}  # name -> callable that gives addresses
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((DNS_ADDRESS, 53))
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self):
-        while True:
-            question, client = self.socket.recvfrom(512)
-            end = question.index(b"\0", 12) + 5
-            labels, at = [], 12
-            while question[at]:
-                labels.append(question[at + 1:at + 1 + question[at]].decode())
-                at += 1 + question[at]
-            is_a = question[end - 4:end - 2] == b"\0\1"
-            known = self.addresses.get(labels[0])
-            found = known() if known and is_a else []
-            answer = question[:2] + struct.pack(">HHHHH", 0x8580 if known else 0x8583, 1, len(found), 0, 0) + question[12:end]
-            for address in found:
-                answer += b"\xc0\x0c\0\1\0\1" + struct.pack(">IH", 1, 4) + socket.inet_aton(address)
-            self.socket.sendto(answer, client)
-
-
-class Service:
-    """One address in front of the ready pods, for new connections; those that run stay where they are."""
-
-    def __init__(self):
-        self.backends = list  # callable: [(host, port)]
-        self.listener = socket.create_server((SERVICE_ADDRESS, 80), backlog=256)
-        self.address = f"{SERVICE_ADDRESS}:80"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            client, _ = self.listener.accept()
-            threading.Thread(target=self._join, args=(client,), daemon=True).start()
-
-    def _join(self, client):
-        backends = self.backends()
-        if not backends:
-            client.close()
-            return
-        try:
-            server = socket.create_connection(random.choice(backends), timeout=10)
-        except OSError:
-            client.close()
-            return
-        server.settimeout(None)
-        other = {client: server, server: client}
-        try:
-            while other:
-                for side in select.select(list(other), [], [])[0]:
-                    data = side.recv(65536)
-                    if data:
-                        other[side].sendall(data)
-                    else:
-                        other[side].shutdown(socket.SHUT_WR)
-                        raise EOFError
-        except (EOFError, OSError):
-            # Half-closed by one side: let the other finish what it is sending.
-            try:
-                for source, sink in ((server, client), (client, server)):
-                    source.settimeout(5)
-                    while data := source.recv(65536):
-                        sink.sendall(data)
-            except OSError:
-                pass
-        finally:
-            client.close()
-            server.close()
-
-
 def probe(spec, host):
     """One probe as the kubelet makes it."""
     seconds = spec.get("timeoutSeconds", 1)
@@ -143,11 +66,9 @@ def probe(spec, host):
 
 
 class Pod:
-    def __init__(self, podman, directory, deployment, config_maps, model, number):
-        template = deployment["spec"]["template"]
-        self.podman = podman
-        self.component = template["metadata"]["labels"]["app.kubernetes.io/component"]
-        self.name = f"{deployment['metadata']['name']}-{number}"
+    def __init__(self, podman, directory, name, template, config_maps, model):
+        self.podman, self.name = podman, name
+        self.labels = template["metadata"]["labels"]
         self.spec = json.loads(json.dumps(template["spec"]))
         (self.container,) = self.spec["containers"]
         # podman would take them for ports of the host, of which there is one
@@ -168,9 +89,8 @@ class Pod:
             if volume.pop("persistentVolumeClaim", None):
                 volume["hostPath"] = {"path": str(model), "type": "Directory"}
         self.ready = self.terminating = False
-        self.host = None
+        self.host = self.pid = None
         self.restarts_by_liveness = 0
-        self.labels = template["metadata"]["labels"]
         self.config_maps = [config_maps[v["configMap"]["name"]] for v in self.spec["volumes"] if "configMap" in v]
         self.directory = pathlib.Path(directory)
 
@@ -192,8 +112,9 @@ class Pod:
             assert code == "0", f"{name}: exit code {code}\n{self.check_log}"
         self._play(self.name, [self.container], "Always")
         self.id = f"{self.name}-{self.container['name']}"
-        infra = self.podman("pod", "inspect", self.name, "--format", "{{.InfraContainerID}}")
-        self.host = json.loads(self.podman("inspect", infra))[0]["NetworkSettings"]["Networks"]["podman"]["IPAddress"]
+        infra = json.loads(self.podman("inspect", self.podman("pod", "inspect", self.name, "--format", "{{.InfraContainerID}}")))[0]
+        self.pid = infra["State"]["Pid"]
+        self.host = infra["NetworkSettings"]["Networks"]["podman"]["IPAddress"]
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -203,24 +124,25 @@ class Pod:
             if self.terminating:
                 return
             time.sleep(min(startup["periodSeconds"], 1))
-        misses = {"ready": 0, "live": 0}
-        next_live = time.monotonic()
+        hits = misses = dead = 0
+        next_ready = next_live = time.monotonic()
         while not self.terminating:
-            if probe(readiness, self.host):
-                misses["ready"], self.ready = 0, True
-            else:
-                misses["ready"] += 1
-                if misses["ready"] >= readiness["failureThreshold"]:
+            if time.monotonic() >= next_ready:
+                next_ready += readiness["periodSeconds"]
+                hits, misses = (hits + 1, 0) if probe(readiness, self.host) else (0, misses + 1)
+                if hits >= readiness.get("successThreshold", 1):
+                    self.ready = not self.terminating
+                if misses >= readiness["failureThreshold"]:
                     self.ready = False
             if time.monotonic() >= next_live:
                 next_live += liveness["periodSeconds"]
-                misses["live"] = 0 if probe(liveness, self.host) else misses["live"] + 1
-                if misses["live"] >= liveness["failureThreshold"]:
+                dead = 0 if probe(liveness, self.host) else dead + 1
+                if dead >= liveness["failureThreshold"]:
                     self.restarts_by_liveness += 1
-                    misses["live"] = 0
-            time.sleep(1)
+                    dead = 0
+            time.sleep(0.5)
 
-    def wait_ready(self, seconds=120):
+    def wait_ready(self, seconds=180):
         deadline = time.monotonic() + seconds
         while not self.ready:
             assert time.monotonic() < deadline, f"{self.name} is not ready:\n{self.log()}"
@@ -229,6 +151,12 @@ class Pod:
 
     def log(self):
         return self.podman("logs", self.id, check=False)[-4000:]
+
+    def memory(self):
+        """MiB that the process has had resident at most."""
+        pid = self.podman("inspect", self.id, "--format", "{{.State.Pid}}")
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
     def terminate(self):
         """As the kubelet ends a pod: out of the endpoints, preStop, SIGTERM, the grace period. The exit code."""
@@ -249,33 +177,66 @@ class Pod:
 
 
 class Cluster:
-    """The Deployments of rendered documents, running."""
+    """The Deployments and LeaderWorkerSets of rendered documents, running."""
 
     def __init__(self, podman, directory, documents, model, names, service):
-        self.podman, self.directory, self.model = podman, directory, model
+        self.podman, self.directory, self.model, self.names = podman, directory, model, names
         self.config_maps = {d["metadata"]["name"]: d for d in documents if d["kind"] == "ConfigMap"}
         self.deployments = {d["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]: d
                             for d in documents if d["kind"] == "Deployment"}
-        self.pods = {component: [] for component in self.deployments}
-        self.number = 0
+        self.groups = {d["metadata"]["labels"]["app.kubernetes.io/component"]: d for d in documents if d["kind"] == "LeaderWorkerSet"}
+        self.pods = {component: [] for component in (*self.deployments, *self.groups)}
+        self.policies = Policies(documents, NODE)
+        self.numbers = itertools.count(1)
         for document in (d for d in documents if d["kind"] == "Service"):
             component = document["spec"]["selector"]["app.kubernetes.io/component"]
             if document["spec"].get("clusterIP") == "None":
                 names.addresses[document["metadata"]["name"]] = lambda c=component: [p.host for p in self.pods[c] if p.host]
             else:
                 service.backends = lambda c=component: [(p.host, p.ports["http"]) for p in self.pods[c] if p.ready]
-        starts = [self.new_pod(c) for c, d in self.deployments.items() for _ in range(d["spec"].get("replicas", 1))]
-        for pod in starts:
+        for component, document in self.groups.items():
+            for group in lws.pods(document):
+                for name in group:
+                    names.addresses[f"{name}.{document['metadata']['name']}"] = lambda c=component, n=name: [
+                        p.host for p in self.pods[c] if p.name == n and p.host]
+                    self.new_pod(component, name)
+        for component, document in self.deployments.items():
+            for _ in range(document["spec"].get("replicas", 1)):
+                self.new_pod(component)
+        for pod in self.all_pods():
             pod.wait_ready()
 
-    def new_pod(self, component):
-        self.number += 1
-        pod = Pod(self.podman, self.directory, self.deployments[component], self.config_maps, self.model, self.number)
+    def all_pods(self):
+        return [pod for pods in self.pods.values() for pod in pods]
+
+    def new_pod(self, component, name=None):
+        """Starts one more of a Deployment, or the one of that name of a LeaderWorkerSet."""
+        if component in self.groups:
+            template = next(group[name] for group in lws.pods(self.groups[component]) if name in group)
+        else:
+            deployment = self.deployments[component]
+            name, template = f"{deployment['metadata']['name']}-{next(self.numbers)}", deployment["spec"]["template"]
+        pod = Pod(self.podman, self.directory, name, template, self.config_maps, self.model)
         self.pods[component].append(pod)
-        return pod.start()
+        pod.start()
+        self.policies.apply([p for p in self.all_pods() if p.host])
+        return pod
+
+    def _drop(self, component, pod):
+        self.pods[component].remove(pod)
+        self.policies.apply([p for p in self.all_pods() if p.host])
+
+    def kill(self, component):
+        """The first pod is gone at once and another takes its place, which is returned."""
+        old = self.pods[component][0]
+        old.kill()
+        self._drop(component, old)
+        return self.new_pod(component, old.name)
 
     def replace(self, component):
-        """A rolling restart, as the Deployment's strategy says; the exit codes of the old pods."""
+        """A rolling restart, as the workload's strategy says; the exit codes of the old pods."""
+        if component in self.groups:
+            return [code for group in lws.pods(self.groups[component]) for code in self._replace_group(component, group)]
         spec = self.deployments[component]["spec"]
         surge = spec["strategy"]["rollingUpdate"]["maxSurge"]
         codes = []
@@ -288,14 +249,38 @@ class Cluster:
             if surge:
                 add()
             codes.append(old.terminate())
-            self.pods[component].remove(old)
+            self._drop(component, old)
             if not surge:
                 add()
         return codes
 
-    def stop(self):
+    def replace_all(self):
+        """A rolling restart of every component at once, as an apply of another image does; exit codes by component."""
         codes = {}
-        for pods in self.pods.values():
-            for pod in pods:
-                codes[pod.name] = pod.terminate()
+
+        def roll(component):
+            codes[component] = self.replace(component)
+
+        rolls = [threading.Thread(target=roll, args=(component,)) for component in self.pods]
+        for thread in rolls:
+            thread.start()
+        for thread in rolls:
+            thread.join()
         return codes
+
+    def _replace_group(self, component, group):
+        old = [pod for pod in self.pods[component] if pod.name in group]
+        codes = []
+        ends = [threading.Thread(target=lambda p=pod: codes.append(p.terminate())) for pod in old]
+        for end in ends:
+            end.start()
+        for end in ends:
+            end.join()
+        for pod in old:
+            self._drop(component, pod)
+        for pod in [self.new_pod(component, name) for name in group]:
+            pod.wait_ready()
+        return codes
+
+    def stop(self):
+        return {pod.name: pod.terminate() for pod in self.all_pods()}

@@ -2,9 +2,12 @@
 
 Core kinds: the JSON schemas of kubernetes-validate, made from Kubernetes' own OpenAPI, with every unlisted field refused.
 Prometheus operator and KEDA: models generated from their CRDs; they drop what they do not know, so that an object must come
-out of its model as it went in. Gateway API has no such package: TABLES below is written by hand from its reference and holds
-only the fields that matter to us, so an unknown field there means "not in the table".
+out of its model as it went in. Gateway API and LeaderWorkerSet have no such package: TABLES below is written by hand from their
+references and holds only the fields that matter to us, so an unknown field there means "not in the table".
 """
+
+import functools
+import json
 
 import kubernetes_validate
 import pydantic
@@ -14,6 +17,8 @@ from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 # preStop.sleep needs 1.30; the newest that the package knows.
 VERSIONS = ("1.30", "1.37")
 MODELS = {model.__name__: model for model in (ScaledObject, PodMonitor, PrometheusRule)}
+
+POD_TEMPLATE = object()  # in TABLES: what a core PodTemplate has
 
 _METADATA = {"name": str, "namespace": str, "labels": {str: str}, "annotations": {str: str}}
 TABLES = {
@@ -35,6 +40,19 @@ TABLES = {
                 "matches": [{"path": {"type": ("Exact", "PathPrefix", "RegularExpression"), "value": str}, "method": str}],
                 "backendRefs": [{"group": str, "kind": str, "namespace": str, "name!": str, "port": int, "weight": int}],
                 "timeouts": {"request": str, "backendRequest": str}}]}},
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): {
+        "apiVersion!": str, "kind!": str, "metadata!": _METADATA,
+        "spec!": {
+            "replicas": int,
+            "startupPolicy": ("LeaderCreated", "LeaderReady"),
+            "networkConfig": {"subdomainPolicy!": ("Shared", "UniquePerReplica")},
+            "rolloutStrategy": {
+                "type!": ("RollingUpdate",),
+                "rollingUpdateConfiguration": {"partition": int, "maxUnavailable": int, "maxSurge": int}},
+            "leaderWorkerTemplate!": {
+                "size": int,
+                "restartPolicy": ("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"),
+                "leaderTemplate": POD_TEMPLATE, "workerTemplate!": POD_TEMPLATE}}},
 }
 
 
@@ -46,7 +64,13 @@ def problems(document):
     table = TABLES.get((document.get("apiVersion"), kind))
     if table is not None:
         return list(_table_problems(table, document, kind))
-    found = []
+    return _core_problems(json.dumps(document))
+
+
+@functools.cache  # a validation takes a tenth of a second, and most objects are in several overlays
+def _core_problems(text):
+    document, found = json.loads(text), []
+    kind = document.get("kind")
     for version in VERSIONS:
         try:
             kubernetes_validate.validate(document, version, strict=True)
@@ -82,7 +106,10 @@ def _lost(before, after, path):
 
 
 def _table_problems(expected, value, path):
-    if isinstance(expected, dict):
+    if expected is POD_TEMPLATE:
+        template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": value}
+        yield from (f"{path}: {line}" for line in _core_problems(json.dumps(template)))
+    elif isinstance(expected, dict):
         if not isinstance(value, dict):
             yield f"{path}: an object is expected"
         elif str in expected:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 
+import lws
 import pytest
 from kustomize import OVERLAYS, ROOT, render
 from schemas import problems
@@ -18,7 +19,8 @@ def of_kind(documents, *kinds):
 
 
 def templates(documents):
-    return [deployment["spec"]["template"] for deployment in of_kind(documents, "Deployment")]
+    return ([deployment["spec"]["template"] for deployment in of_kind(documents, "Deployment")] +
+            [group["spec"]["leaderWorkerTemplate"]["workerTemplate"] for group in of_kind(documents, "LeaderWorkerSet")])
 
 
 def containers(documents):
@@ -64,7 +66,7 @@ def test_every_field_has_its_type(overlays, overlay):
     assert {d["metadata"].get("namespace") for d in documents} == {"millrace"}
 
 
-@pytest.mark.parametrize("overlay", ["single-node", "pd"])
+@pytest.mark.parametrize("overlay", ["single-node", "pd", "pd-expert-groups"])
 def test_an_overlay_can_be_built_upon(kubectl, overlay):
     """As the guide says: settings replaced, workers sized, from a directory elsewhere."""
     documents = render(kubectl, pathlib.Path(__file__).parent / "overlays" / overlay)
@@ -87,6 +89,7 @@ def planted(document, path, value):
 
 
 POD = ("spec", "template", "spec")
+GROUP = ("spec", "leaderWorkerTemplate")
 PLANTED = [
     ("Deployment", ("spec", "replica"), 2),
     ("Deployment", ("spec", "replicas"), "two"),
@@ -108,12 +111,18 @@ PLANTED = [
     ("InferencePool", ("spec", "endpointPickerRef", "name"), None),
     ("InferencePool", ("spec", "endpointPickerRef", "failureMode"), "FailAlways"),
     ("HTTPRoute", ("spec", "rules", 0, "backendRefs", 0, "port"), "http"),
+    ("LeaderWorkerSet", ("spec", "replica"), 2),
+    ("LeaderWorkerSet", ("spec", "rolloutStrategy", "type"), None),
+    ("LeaderWorkerSet", (*GROUP, "size"), "two"),
+    ("LeaderWorkerSet", (*GROUP, "restartPolicy"), "Never"),
+    ("LeaderWorkerSet", (*GROUP, "workerTemplate"), None),
+    ("LeaderWorkerSet", (*GROUP, "workerTemplate", "spec", "containers", 0, "readinesProbe"), {}),
 ]
 
 
 @pytest.mark.parametrize("kind, path, value", PLANTED, ids=[f"{k}-{'.'.join(map(str, p))}" for k, p, _ in PLANTED])
 def test_a_planted_mistake_is_found(overlays, kind, path, value):
-    document = of_kind(overlays["pd-operated"], kind)[0]
+    document = of_kind(overlays["pd-operated"] + overlays["pd-expert-groups"], kind)[0]
     assert problems(document) == []
     assert problems(planted(document, path, value)) != []
 
@@ -157,6 +166,22 @@ def test_gateways_know_a_new_worker_before_the_next_one_goes(overlays):
     assert len(workers) == 2
     for deployment in workers:
         assert deployment["spec"]["minReadySeconds"] >= 5 + 30
+    (group,) = of_kind(overlays["pd-expert-groups"], "LeaderWorkerSet")
+    (container,) = group["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]["containers"]
+    assert container["readinessProbe"]["periodSeconds"] * container["readinessProbe"]["successThreshold"] >= 5 + 30
+
+
+def test_ranks_know_each_other(overlays):
+    """By their leader's name, at the port that they open to each other."""
+    documents = overlays["pd-expert-groups"]
+    (document,) = of_kind(documents, "LeaderWorkerSet")
+    for group in lws.pods({**document, "spec": {**document["spec"], "replicas": 2}}):
+        leader = f"{next(iter(group))}.{document['metadata']['name']}.millrace:7200"
+        for rank, pod in enumerate(group.values()):
+            (container,) = pod["spec"]["containers"]
+            flags = dict(zip(container["args"][3::2], container["args"][4::2]))
+            assert flags == {"--ranks": str(len(group)), "--rank": str(rank), "--group-peers": leader}
+            assert 7200 in {port["containerPort"] for port in container["ports"]}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -182,7 +207,7 @@ def test_names_and_ports_fit_each_other(overlays, overlay):
     for policy in of_kind(documents, "NetworkPolicy"):
         found = selected(policy["spec"]["podSelector"]["matchLabels"])
         for rule in policy["spec"]["ingress"]:
-            assert {port["port"] for port in rule["ports"]} <= port_names(found)
+            assert {port["port"] for port in rule.get("ports", [])} <= port_names(found)
             for peer in rule.get("from", []):
                 if "podSelector" in peer:
                     selected(peer["podSelector"]["matchLabels"])
@@ -195,6 +220,10 @@ def test_names_and_ports_fit_each_other(overlays, overlay):
         (deployment,) = [d for d in of_kind(documents, "Deployment")
                          if d["metadata"]["name"] == scaled["spec"]["scaleTargetRef"]["name"]]
         assert "replicas" not in deployment["spec"]
+        for trigger in scaled["spec"]["triggers"]:  # of its own workers, and not of another deployment beside it
+            selectors = re.findall(r"\{(.*?)\}", trigger["metadata"]["query"])
+            component = deployment["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+            assert set(selectors) == {f'namespace="{scaled["metadata"]["namespace"]}",component="{component}"'}
     for pool in of_kind(documents, "InferencePool"):
         found = selected(pool["spec"]["selector"]["matchLabels"])
         numbers = {port["containerPort"] for pod in found for port in pod["spec"]["containers"][0]["ports"]}
@@ -209,7 +238,7 @@ def test_the_configuration_opens_the_ports_that_pods_name(overlays, overlay):
         _, config, _ = config_of(documents, template)
         opened = {int(re.search(r":(\d+)$", text)[1]) for key in ("listen", "metrics-listen", "admin-listen", "rail")
                   for text in ([config[key]] if isinstance(config.get(key), str) else config.get(key, []))}
-        assert {port["containerPort"] for port in template["spec"]["containers"][0]["ports"]} == opened
+        assert {port["containerPort"] for port in template["spec"]["containers"][0]["ports"]} - {7200} == opened
         for name in config.get("prefill", []) + config.get("decode", []):
             assert name.split(":")[0] in services
 
@@ -226,8 +255,10 @@ def test_the_binary_takes_the_configuration(overlays, overlay, tmp_path):
         assert run.returncode != 0
         return run.stderr
 
-    for template in templates(documents):
-        command, config, flags = config_of(documents, template)
+    pods = [deployment["spec"]["template"] for deployment in of_kind(documents, "Deployment")]
+    pods += [pod for document in of_kind(documents, "LeaderWorkerSet") for group in lws.pods(document) for pod in group.values()]
+    for pod in pods:
+        command, config, flags = config_of(documents, pod)
         assert "absent/config.json" in outcome(command, config, flags)  # it came as far as the model
         assert "absent/config.json" not in outcome(command, {**config, "no-such-key": 1}, flags)
 
@@ -241,7 +272,7 @@ def test_one_version_everywhere(overlays):
 
 
 def test_secrets_are_there_by_reference(overlays):
-    documents = overlays["pd-operated"]
+    documents = overlays["pd-tls"]
     assert not of_kind(documents, "Secret")
     (gateway,) = [t for t in templates(documents) if t["metadata"]["labels"]["app.kubernetes.io/component"] == "gateway"]
     _, _, flags = config_of(documents, gateway)
@@ -249,6 +280,16 @@ def test_secrets_are_there_by_reference(overlays):
     assert secrets == {"--api-keys": "millrace-api-keys", "--tls-cert": "millrace-tls", "--tls-key": "millrace-tls"}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert gateway["spec"]["containers"][0][probe]["httpGet"]["scheme"] == "HTTPS"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_inference_pool_has_gateways_without_tls(overlays, overlay):
+    """Its proxy speaks HTTP to the pods."""
+    for pool in of_kind(overlays[overlay], "InferencePool"):
+        assert pool["spec"].get("appProtocol", "http") == "http"
+        for template in templates(overlays[overlay]):
+            if selects(pool["spec"]["selector"]["matchLabels"], template):
+                assert "--tls-cert" not in config_of(overlays[overlay], template)[2]
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "gpu" in name])

@@ -127,6 +127,13 @@ class Prometheus:
         self.process = subprocess.Popen(
             [tool("prometheus"), f"--config.file={directory}/prometheus.yaml", f"--storage.tsdb.path={directory}/data",
              f"--web.listen-address={self.address}", "--log.level=warn"], stdout=self.log, stderr=self.log)
+        harness.wait_until(self._answers, 60, "Prometheus does not answer", interval=0.1)
+
+    def _answers(self):
+        try:
+            return self.ask("alerts") is not None
+        except OSError:
+            return False
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)

@@ -1,13 +1,15 @@
-"""The image and the overlays in real containers, inside namespaces made for it (pods.py says what is seen)."""
+"""The image and the overlays in real containers (pods.py says what is seen)."""
 
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
 
 import pytest
+from cluster import Podman
+from image import build
+from kustomize import ROOT
 
 import harness
 
@@ -15,16 +17,24 @@ import harness
 ENTER = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
 
 
-@pytest.fixture
-def containers(request):
+@pytest.fixture(scope="module")
+def image(request):
+    """A directory with podman's storage, and in it the image."""
     if not request.config.getoption("--containers"):
-        pytest.skip("runs for minutes and needs podman, catatonit and root: by hand, with --containers")
-    assert os.geteuid() == 0 and shutil.which("podman") and shutil.which("catatonit")
-
-
-def test_pods_run_and_rolling_restarts_lose_nothing(containers, kubectl):
+        pytest.skip("runs for minutes and needs podman, catatonit, mmdebstrap and root: by hand, with --containers")
+    assert os.geteuid() == 0 and all(map(shutil.which, ("podman", "catatonit", "mmdebstrap", "nft")))
     with tempfile.TemporaryDirectory(prefix="mr-") as directory:  # podman wants a short path
-        subprocess.run(
-            ["unshare", "--net", "--mount", "--propagation", "slave", "bash", "-c", ENTER, "enter", sys.executable,
-             pathlib.Path(__file__).with_name("pods.py"), harness.binary(), harness.ROOT / "deploy/models/ling-tiny", kubectl,
-             directory], check=True, timeout=1800)
+        podman = Podman(directory)
+        try:
+            print(build(podman, directory, *map(request.config.getoption, ("--image-ccache", "--image-cuda"))), flush=True)
+            yield directory
+        finally:
+            podman("system", "reset", "--force", check=False)
+
+
+@pytest.mark.parametrize("overlay", ["single-node", "pd", "pd-expert-groups"])
+def test_an_overlay_runs_and_what_ends_loses_nothing(image, kubectl, overlay):
+    subprocess.run(
+        ["unshare", "--net", "--mount", "--propagation", "slave", "bash", "-c", ENTER, "enter", sys.executable,
+         ROOT / "tests/deploy/pods.py", overlay, harness.binary(), ROOT / "deploy/models/ling-tiny", kubectl, image],
+        check=True, timeout=3600)
