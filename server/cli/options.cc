@@ -177,6 +177,14 @@ void AddGroup(CLI::App* command, GroupOptions& group) {
       ->capture_default_str();
 }
 
+void AddStallMax(CLI::App* command, double& seconds) {
+  command
+      ->add_option("--stall-max", seconds,
+                   "Seconds that one step may take until the worker gives up what it runs")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+}
+
 void AddVllmMetrics(CLI::App* command, std::string& choice) {
   command
       ->add_option("--vllm-metrics", choice,
@@ -280,6 +288,7 @@ CLI::App* AddServe(CLI::App& app, ServeOptions& options) {
   AddHttp(command, options.http);
   command->add_flag("--aggregated", options.aggregated,
                     "One worker for prefill and decode instead of two joined by the transfer engine");
+  AddStallMax(command, options.stall_max);
   command->add_option("--drain", options.drain, "Seconds that running answers get after SIGTERM")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -331,11 +340,7 @@ CLI::App* AddWorker(CLI::App& app, WorkerCommandOptions& options) {
       ->capture_default_str();
   AddModel(command, options.model);
   AddGroup(command, options.group);
-  command
-      ->add_option("--stall-max", options.stall_max,
-                   "Seconds that one step may take until the worker gives up what it runs")
-      ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+  AddStallMax(command, options.stall_max);
   command->add_option("--drain", options.drain, "Seconds that running requests get after SIGTERM")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();

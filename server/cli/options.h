@@ -80,7 +80,8 @@ struct ServeOptions {
   ModelOptions model;
   HttpOptions http;
   bool aggregated = false;
-  double drain = 30;  // seconds
+  double stall_max = 60;  // seconds
+  double drain = 30;      // seconds
 };
 
 struct GatewayCommandOptions {

@@ -187,6 +187,9 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
   MR_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(options.model));
   MR_ASSIGN_OR_RETURN(const ModelInfo info, DescribeModel(options.model.model, options.model.model_name));
 
+  // Two engines in one process have the same metrics, told apart by their role.
+  Metrics of_prefill = metrics.With({{"role", "prefill"}});
+  Metrics of_decode = metrics.With({{"role", "decode"}});
   std::vector<HostedWorker> workers;
   const auto roles = options.aggregated ? std::vector{WorkerRole::kBoth}
                                         : std::vector{WorkerRole::kPrefill, WorkerRole::kDecode};
@@ -196,18 +199,19 @@ Status Serve(const ServeOptions& options, const std::string& effective) {
     HostedWorkerOptions worker;
     worker.role = role;
     worker.spans = traces.get();
-    // Two engines in one process would fight over one metric; the decode side is what operators watch.
-    Metrics* const worker_metrics = role == WorkerRole::kPrefill ? nullptr : &metrics;
-    MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, worker_metrics));
+    worker.stall_max = FromSeconds(options.stall_max);
+    Metrics* const own = role == WorkerRole::kPrefill  ? &of_prefill
+                         : role == WorkerRole::kDecode ? &of_decode
+                                                       : &metrics;
+    MR_ASSIGN_OR_RETURN(HostedWorker hosted, StartWorker(model, options.model, worker, own));
     members.workers.push_back(hosted.worker->address());
-    if (worker_metrics != nullptr) DescribeEngine("serve", vllm_names, model, *hosted.engine, &metrics);
+    DescribeEngine("serve", vllm_names, model, *hosted.engine, own);
     workers.push_back(std::move(hosted));
   }
   MR_ASSIGN_OR_RETURN(const auto membership, Membership::Create(members));
-  MR_ASSIGN_OR_RETURN(
-      const auto gateway,
-      Gateway::Start(MakeGatewayOptions(options.http, {traces.get(), options.trace.sample}, effective), info,
-                     *model.tokenizer, *membership, metrics));
+  GatewayOptions edge = MakeGatewayOptions(options.http, {traces.get(), options.trace.sample}, effective);
+  edge.hosts_workers = true;
+  MR_ASSIGN_OR_RETURN(const auto gateway, Gateway::Start(edge, info, *model.tokenizer, *membership, metrics));
   SayWhere(*gateway, options.http, info.name);
   fmt::print(
       "  try: curl http://{}/v1/chat/completions -H 'content-type: application/json' -d "

@@ -26,6 +26,7 @@ struct GatewayOptions {
   TlsOptions tls;                         // of `listen`
   std::vector<std::string> cors_origins;  // pages of these may ask from a browser; "*" = all; empty: none
   AdmissionOptions admission;
+  bool hosts_workers = false;                            // in this process: /live speaks for them too
   bool vllm_metrics = true;                              // /metrics has them under vLLM's names too
   std::string effective;                                 // the configuration in words, for /info
   int threads = 1;                                       // that serve connections

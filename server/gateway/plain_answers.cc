@@ -70,7 +70,14 @@ ApiResult<PlainAnswer> DescribeOneModel(GatewayContext& context, const std::stri
   return error;
 }
 
-ApiResult<PlainAnswer> Live(GatewayContext& /*context*/) { return Answered({{"status", "ok"}}); }
+ApiResult<PlainAnswer> Live(GatewayContext& context) {
+  if (context.options.hosts_workers) {
+    for (const WorkerSnapshot& worker : context.membership.Snapshot()) {
+      if (worker.stalled) return FromStatus(Unavailable("the worker's step does not end"));
+    }
+  }
+  return Answered({{"status", "ok"}});
+}
 
 ApiResult<PlainAnswer> Ready(GatewayContext& context) {
   if (context.draining) return FromStatus(Unavailable("this gateway is shutting down"));
@@ -79,6 +86,7 @@ ApiResult<PlainAnswer> Ready(GatewayContext& context) {
 }
 
 ApiResult<PlainAnswer> Health(GatewayContext& context) {
+  if (const ApiResult<PlainAnswer> live = Live(context); !live.ok()) return live.error();
   const ApiResult<PlainAnswer> ready = Ready(context);
   if (!ready.ok()) return ready.error();
   int32_t workers[3] = {};

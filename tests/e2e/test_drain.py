@@ -1,6 +1,7 @@
-"""The role of a worker changed from outside; and a process that cannot end in time."""
+"""The role of a worker changed from outside; a process that cannot end in time; one whose step does not end."""
 
 import subprocess
+import threading
 import time
 
 import harness
@@ -55,3 +56,25 @@ def test_a_process_that_cannot_drain_ends_all_the_same(logs, model):
         harness.wait_until(lambda: "did not end in time" in process.output(), 60, "it does not say so", interval=0.2)
         assert time.monotonic() - begun > 30
     assert process.popen.wait(20) == 3
+
+
+def test_liveness_follows_the_steps_of_the_own_engines(logs, model):
+    """`serve` has its workers inside: a step that does not end makes it not alive; an idle engine does not."""
+    directory = logs / "stalled"
+    directory.mkdir()
+    process = harness.Process(directory, "serve", ["serve", "--model", model, "--listen", "127.0.0.1:0", "--threads", 1,
+                                                   "--kv-memory", "16MiB", "--aggregated", "--stall-max", 1]).wait_started()
+    status = lambda path: harness.request(process.address, "GET", path)[0]
+    harness.wait_ready(process.address)
+    time.sleep(1.5)
+    assert (status("/live"), status("/health")) == (200, 200)
+    asking = threading.Thread(target=lambda: harness.request(process.address, "POST", "/v1/completions", {
+        "prompt": "a", "max_tokens": 1500, "ignore_eos": True}))
+    asking.start()
+    harness.wait_until(lambda: harness.metric(process.address, "millrace_engine_running") > 0, 20, "it runs", interval=0.001)
+    with thread_hold.held([process], "engine"):
+        harness.wait_until(lambda: status("/live") == 503, 30, "it is alive though its step does not end", interval=0.1)
+        assert status("/health") == 503
+    harness.wait_until(lambda: status("/live") == 200, 30, "it does not come back", interval=0.1)
+    asking.join()
+    assert process.stop() == 0

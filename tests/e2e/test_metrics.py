@@ -178,3 +178,7 @@ def test_vllm_names_can_be_left_out(logs, model):
     page = harness.request(process.address, "GET", "/metrics")[2]
     assert process.stop() == 0
     assert not re.search("vllm:|sglang:|dynamo_", page) and "millrace_build_info" in page
+    # Both engines of the one process, told apart by their role.
+    for role in ("prefill", "decode"):
+        assert re.search(rf'^millrace_engine_kv_used_ratio\{{role="{role}"\}} ', page, re.M), role
+        assert re.search(rf'^millrace_worker_queue\{{queue="{role}_prealloc",role="{role}"\}} 0$', page, re.M), role

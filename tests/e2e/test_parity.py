@@ -87,7 +87,8 @@ def test_aggregated_under_load(aggregated, make_prompt):
 def test_disaggregated_in_one_process(aggregated, logs, long_model, make_prompt):
     process = serve(logs, "one-process", long_model)
     check(answer_all(process.address, make_prompt), aggregated[1])
-    assert harness.metric(process.address, "millrace_engine_prompt_tokens_total") == 0, "the decode side prefilled"
+    assert harness.metric(process.address, "millrace_engine_prompt_tokens_total", role="decode") == 0, "the decode side prefilled"
+    assert harness.metric(process.address, "millrace_engine_prompt_tokens_total", role="prefill") > 0
     assert harness.metric(process.address, "millrace_worker_prefill_attempts_total", outcome="committed") > len(CASES)
     assert process.stop() == 0
 
