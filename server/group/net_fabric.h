@@ -105,6 +105,7 @@ class NetFabric final : public engine::GroupFabric {
     std::vector<uint64_t> loads_told;
     TimePoint loads_told_at;
     uint64_t target_told = 0;
+    TimePoint heard;             // its last message
     engine::RankMask links = 0;  // as it says
     bool member = false;
     int foreign_beats = 0;  // that said that it is a member, while this one does not believe that
@@ -163,7 +164,13 @@ class NetFabric final : public engine::GroupFabric {
   boost::asio::steady_timer timer_;
   boost::asio::ip::tcp::resolver resolver_;
   std::thread thread_;
-  engine::RankMask dialling_ = 0;  // thread of io_
+  // Thread of io_.
+  engine::RankMask dialling_ = 0;
+  struct Greeting {
+    std::weak_ptr<RankLink> link;  // that has not said who it is
+    TimePoint since;
+  };
+  std::vector<Greeting> greetings_;
 
   std::mutex mutex_;
   MembersBelief belief_;

@@ -23,6 +23,7 @@ using engine::RankMask;
 constexpr uint32_t kVersion = 1;
 constexpr auto kBeatEvery = std::chrono::milliseconds(100);
 constexpr Duration kLoadsEvery = std::chrono::seconds(1);
+constexpr Duration kSilenceMax = std::chrono::seconds(5);
 constexpr int kForeignBeatsMax = 20;
 constexpr size_t kEarlyMax = 16;
 
@@ -146,6 +147,7 @@ void NetFabric::Dial(int32_t rank) {
 void NetFabric::Greet(tcp::socket socket, int32_t dialled) {
   const auto link = std::make_shared<RankLink>(std::move(socket));
   const auto rank = std::make_shared<int32_t>(-1);
+  greetings_.push_back({link, Clock::System().Now()});
   link->Start(
       [this, weak = std::weak_ptr(link), dialled, rank](const group::GroupMessage& message) {
         const std::shared_ptr<RankLink> self = weak.lock();
@@ -194,6 +196,7 @@ Status NetFabric::Meet(const std::shared_ptr<RankLink>& link, int32_t dialled, c
   peer.link = link;
   const std::lock_guard lock(mutex_);
   *rank = theirs;
+  std::erase_if(greetings_, [&](const Greeting& greeting) { return greeting.link.lock() == link; });
   PeerOf(theirs) = std::move(peer);
   group::GroupMessage message;
   group::GroupGrant& grant = *message.mutable_grant();
@@ -244,6 +247,7 @@ StatusOr<NetFabric::Peer> NetFabric::MakePeer(const group::GroupHello& hello) {
   }
   peer.incarnation = hello.incarnation();
   peer.ticket = *ticket;
+  peer.heard = Clock::System().Now();
   peer.member = hello.members().formed();
   return peer;
 }
@@ -328,6 +332,7 @@ void NetFabric::Remove(int32_t rank, uint32_t epoch, const char* reason) {
 void NetFabric::OnMessage(int32_t rank, const group::GroupMessage& message) {
   const std::lock_guard lock(mutex_);
   if (PeerOf(rank).link == nullptr) return;  // lost meanwhile
+  PeerOf(rank).heard = Clock::System().Now();
   switch (message.body_case()) {
     case group::GroupMessage::kGrant:
       return OnGrant(rank, message.grant());
@@ -441,11 +446,23 @@ void NetFabric::OnTarget(int32_t rank, const group::GroupTarget& target) {
 // Ten times a second: signs of life, what changes slowly, and another try to reach who is not there.
 void NetFabric::Beat() {
   const TimePoint now = Clock::System().Now();
+  std::erase_if(greetings_, [&](const Greeting& greeting) {
+    const std::shared_ptr<RankLink> link = greeting.link.lock();
+    if (link != nullptr && now - greeting.since <= kSilenceMax) return false;
+    if (link != nullptr) link->Close("it does not say who it is");
+    return true;
+  });
   RankMask away = 0;
   {
     const std::lock_guard lock(mutex_);
     if (stopping_ || belief_.cast_out()) return;
     TryToForm();
+    // Members that fall silent are noticed by their beats (heartbeat_max). This is for the others.
+    for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
+      const Peer& peer = PeerOf(rank);
+      if (peer.link != nullptr && !belief_.Has(rank) && now - peer.heard > kSilenceMax)
+        Lose(rank, "nothing is heard of it");
+    }
     for (int32_t rank = 0; rank < rank_; ++rank) {
       if (PeerOf(rank).link == nullptr) away |= RankBit(rank);
     }

@@ -85,6 +85,25 @@ TEST(NetGroup, GarbageIsNotTaken) {
   EXPECT_EQ(second->group->alive(), 3U);
 }
 
+// A connection that says nothing does not stay.
+TEST(NetGroup, SilenceIsEnded) {
+  using boost::asio::ip::tcp;
+  const GroupCase c;
+  const auto addresses = FreeAddresses(1);
+  const auto place = PlaceAt(addresses);
+  const engine::RandomTensors source(11);
+  const auto rank = StartRank(c, source, *place, 0, 1, 0);
+  ASSERT_TRUE(rank.ok()) << rank.status();
+  boost::asio::io_context io;
+  tcp::socket socket(io);
+  socket.connect({boost::asio::ip::make_address("127.0.0.1"), addresses[0].port});
+  const TimePoint begun = Clock::System().Now();
+  boost::system::error_code error;
+  char back[64];
+  while (!error) boost::asio::read(socket, boost::asio::buffer(back), error);  // its greeting, then the end
+  EXPECT_GT(Clock::System().Now() - begun, std::chrono::seconds(4));
+}
+
 TEST(NetGroup, SaysWhoIsMissing) {
   const GroupCase c;
   const auto place = PlaceAt(FreeAddresses(2));
