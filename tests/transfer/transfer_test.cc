@@ -278,22 +278,24 @@ TEST_P(Conformance, APeerThatGoesWithMuchQueuedFailsAllOfIt) {
   Options options = options_;
   options.peer_timeout = std::chrono::milliseconds(300);
   options.heartbeat = std::chrono::milliseconds(50);
-  for (uint64_t round = 0; round < 3; ++round) {
-    Side sender(options, 1 << 20, false, 3);
-    auto receiver = std::make_unique<Side>(options, 1 << 20, true, 4);
+  for (int round = 0; round < 3; ++round) {
+    Side sender(options, 32 << 20, false, 3);
+    auto receiver = std::make_unique<Side>(options, 32 << 20, true, 4);
     const PeerId peer = *sender.transfer->Open(receiver->transfer->Descriptor());
     const TicketId ticket =
-        *receiver->transfer->OpenTicket(sender.transfer->epoch(), {{receiver->region, 0, 1 << 20}});
-    constexpr int kWrites = 2000;
+        *receiver->transfer->OpenTicket(sender.transfer->epoch(), {{receiver->region, 0, 32 << 20}});
+    constexpr int kWrites = 800;
+    constexpr uint64_t kBytes = 40000;
     std::atomic<int> ended = 0;
     for (uint64_t i = 0; i < kWrites; ++i) {
-      ASSERT_TRUE(sender.transfer
-                      ->Submit(peer,
-                               OneIntent(ticket, sender.region, i * 64, 40000, receiver->region, i * 64),
-                               [&ended](const Status&) { ++ended; })
-                      .ok());
+      ASSERT_TRUE(
+          sender.transfer
+              ->Submit(peer,
+                       OneIntent(ticket, sender.region, i * kBytes, kBytes, receiver->region, i * kBytes),
+                       [&ended](const Status&) { ++ended; })
+              .ok());
     }
-    std::this_thread::sleep_for(std::chrono::milliseconds(round));
+    while (ended == 0) std::this_thread::yield();
     receiver.reset();
     EXPECT_TRUE(Eventually([&] { return ended == kWrites; })) << ended;
     EXPECT_TRUE(Eventually([&] { return sender.transfer->TakeSnapshot().peers == 0; }));
