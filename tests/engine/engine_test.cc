@@ -283,6 +283,10 @@ TEST(Engine, NoticesThatItMakesNoProgress) {
   options.clock = &clock;
   TestEngine engine(40, options);
   clock.Advance(std::chrono::hours(1));
+  // Its thread may not have come to sleep for the first time yet.
+  const TimePoint until = Clock::System().Now() + std::chrono::seconds(30);
+  while (!engine.engine->MakingProgress(std::chrono::seconds(1)) && Clock::System().Now() < until)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_TRUE(engine.engine->MakingProgress(std::chrono::seconds(1))) << "idle is no stall";
   engine.backend->Close();
   const auto recording = engine.Generate(Request(1, 10, 2));
