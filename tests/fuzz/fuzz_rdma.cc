@@ -6,9 +6,9 @@
 #include <fuzzer/FuzzedDataProvider.h>
 
 #include <cstring>
-#include <set>
 
 #include "base/log.h"
+#include "tests/fuzz/path_owner.h"
 #include "tests/transfer/rdma/fake_verbs.h"
 #include "transfer/rdma/rdma_rails.h"
 
@@ -32,43 +32,6 @@ struct Channel : ControlChannel {
   uint64_t peer_epoch() const override { return kPeerEpoch; }
   rdma::v1::Connect connect;
   rdma::v1::Accept accept;
-};
-
-struct Owner : PathOwner {
-  void OnConnected(Path* path) override {
-    // Once: a link that is made again has nothing to carry.
-    if (connected++ > 0) return;
-    SendSlice(path, Operation::kWrite);
-    if (!broken) SendSlice(path, Operation::kRead);
-    if (!broken) path->Probe(3);
-  }
-  void OnBroken(Path* path, const Status&) override {
-    broken = true;
-    path->Disconnect();
-  }
-  // What comes back is sent again while the path is not said to be broken, as Peer does.
-  void OnSliceDone(Path* path, uint64_t slice, SliceOutcome outcome) override {
-    if (under_way.erase(slice) == 0) abort();
-    if (outcome == SliceOutcome::kUnknown && !broken && next < 10) SendSlice(path, Operation::kWrite);
-  }
-  void SendSlice(Path* path, Operation operation) {
-    Slice slice;
-    slice.id = next++;
-    slice.operation = operation;
-    slice.local = memory;
-    slice.local_region = region;
-    under_way.insert(slice.id);
-    path->Send(slice);
-  }
-  void OnProbeDone(Path*, uint64_t) override {}
-  void OnRefused(const Status&) override {}
-
-  std::span<std::byte> memory;
-  RegionId region = 0;
-  int connected = 0;
-  uint64_t next = 1;
-  std::set<uint64_t> under_way;
-  bool broken = false;
 };
 
 // The stranger: a device and an end of its own.
@@ -204,7 +167,7 @@ std::string AddressOf(const FakeFabric& fabric) {
 }
 
 void Converse(FuzzedDataProvider& data, const FakeFabric& fabric, RdmaRails& rails, EventLoop* loop,
-              bool initiator, Owner* owner) {
+              bool initiator, FuzzPathOwner* owner) {
   Channel channel;
   Stranger stranger(fabric, loop);
   std::vector<std::unique_ptr<Path>> paths;
@@ -294,7 +257,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   {
     RdmaRails rails(environment, fabric.verbs());
     if (!rails.Start().ok()) abort();
-    Owner owner;
+    FuzzPathOwner owner;
     RegionId region = 0;
     for (auto* const block : {&writable, &guarded, &local}) {
       const RegionId id = memory.Register(*block, true);

@@ -4,9 +4,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <set>
-
 #include "base/log.h"
+#include "tests/fuzz/path_owner.h"
 #include "transfer/shm/shm_path.h"
 #include "transfer/shm/shm_receiver.h"
 
@@ -85,38 +84,6 @@ void Converse(FuzzedDataProvider& data, EventLoop* loop, int fd, const std::vect
   });
 }
 
-struct Owner : PathOwner {
-  void OnConnected(Path* path) override {
-    SendSlice(path, Operation::kWrite);
-    if (!broken) SendSlice(path, Operation::kRead);
-    if (!broken) path->Probe(3);
-  }
-  void OnBroken(Path* path, const Status&) override {
-    broken = true;
-    path->Disconnect();
-  }
-  // What comes back is sent again while the path is not said to be broken, as Peer does.
-  void OnSliceDone(Path* path, uint64_t slice, SliceOutcome outcome) override {
-    if (under_way.erase(slice) == 0) abort();
-    if (outcome == SliceOutcome::kUnknown && !broken && next < 10) SendSlice(path, Operation::kWrite);
-  }
-  void SendSlice(Path* path, Operation operation) {
-    Slice slice;
-    slice.id = next++;
-    slice.operation = operation;
-    slice.local = memory;
-    under_way.insert(slice.id);
-    path->Send(slice);
-  }
-  void OnProbeDone(Path*, uint64_t) override {}
-  void OnRefused(const Status&) override {}
-
-  std::vector<std::byte> memory = std::vector<std::byte>(kLarge);
-  uint64_t next = 1;
-  std::set<uint64_t> under_way;
-  bool broken = false;
-};
-
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
@@ -160,7 +127,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
       });
     } else {
       const UniqueFd listener = *ShmListen(SocketName());
-      Owner owner;
+      std::vector<std::byte> local(kLarge);
+      FuzzPathOwner owner;
+      owner.memory = local;
       ShmPath path(&environment, &copier, &kToken, SocketName(), kPeerEpoch);
       path.Attach(&owner);
       path.Connect();
