@@ -125,9 +125,12 @@ class ThreadedEngine final : public Engine {
   }
   bool MakingProgress(Duration stall_max) const override {
     if (broken_.load()) return false;
+    const Duration now = options_.clock->Now().time_since_epoch();
     // Order: asleep_ is cleared after turn_ns_ is set (Loop), so an awake thread never shows an old turn.
-    if (asleep_.load()) return true;
-    return options_.clock->Now().time_since_epoch() - Duration(turn_ns_.load()) <= stall_max;
+    if (!asleep_.load()) return now - Duration(turn_ns_.load()) <= stall_max;
+    // A thread that is called and does not wake is stalled too.
+    const int64_t called_ns = called_ns_.load();
+    return called_ns == 0 || now - Duration(called_ns) <= stall_max;
   }
   const ModelConfig& config() const override { return backend_->config(); }
   const KvLayout& kv_layout() const override { return backend_->kv_layout(); }
@@ -138,6 +141,7 @@ class ThreadedEngine final : public Engine {
   Status Submit(SequenceRole role, EngineRequest request, std::unique_ptr<TokenSink> sink,
                 PrefillSink* prefill_sink);
   void Post(Command command);
+  void AddCommand(Command command);  // mutex_ is held
 
   // Engine thread.
   void Loop();
@@ -159,7 +163,8 @@ class ThreadedEngine final : public Engine {
   bool stopping_ = false;
   bool join_wanted_ = false;  // the backend's group may wait for this rank
 
-  std::atomic<int64_t> turn_ns_{0};  // the engine clock at the start of the current turn
+  std::atomic<int64_t> turn_ns_{0};    // the engine clock at the start of the current turn
+  std::atomic<int64_t> called_ns_{0};  // the engine clock when the oldest of commands_ was posted; 0: none
   std::atomic<bool> asleep_{true};
   std::atomic<bool> broken_{false};
 
@@ -177,7 +182,7 @@ Status ThreadedEngine::Submit(SequenceRole role, EngineRequest request, std::uni
       return ResourceExhausted("{} requests are waiting already", submissions_posted_ + queued_);
     }
     ++submissions_posted_;
-    commands_.emplace_back(
+    AddCommand(
         [role, request = std::move(request), sink = std::move(sink), prefill_sink](EngineCore* core) mutable {
           core->Submit(role, std::move(request), std::move(sink), prefill_sink);
         });
@@ -189,9 +194,14 @@ Status ThreadedEngine::Submit(SequenceRole role, EngineRequest request, std::uni
 void ThreadedEngine::Post(Command command) {
   {
     std::lock_guard lock(mutex_);
-    commands_.push_back(std::move(command));
+    AddCommand(std::move(command));
   }
   wake_.notify_one();
+}
+
+void ThreadedEngine::AddCommand(Command command) {
+  if (commands_.empty()) called_ns_.store(options_.clock->Now().time_since_epoch().count());
+  commands_.push_back(std::move(command));
 }
 
 void ThreadedEngine::Loop() {
@@ -205,6 +215,7 @@ void ThreadedEngine::Loop() {
     {
       std::lock_guard lock(mutex_);
       commands.swap(commands_);
+      called_ns_.store(0);
       submissions_taken = submissions_posted_;
       stopping = stopping_;
       join_wanted_ = false;

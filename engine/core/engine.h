@@ -191,8 +191,8 @@ class Engine {
   // What has come into the prefix cache, any tier of it, and gone since `position`. Any thread.
   virtual CacheChanges CacheChangesSince(uint64_t position) const = 0;
   // For a watchdog; does not depend on the engine thread. False if that thread has been in one turn
-  // (commands, one step, sinks) for longer than stall_max, or if the backend has failed. Waiting for pages
-  // that a ticket holds is no stall.
+  // (commands, one step, sinks) for longer than stall_max, has not taken a command for as long, or if the
+  // backend has failed. Waiting for pages that a ticket holds is no stall.
   virtual bool MakingProgress(Duration stall_max) const = 0;
   virtual const ModelConfig& config() const = 0;
   virtual const KvLayout& kv_layout() const = 0;

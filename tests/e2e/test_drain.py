@@ -59,7 +59,8 @@ def test_a_process_that_cannot_drain_ends_all_the_same(logs, model):
 
 
 def test_liveness_follows_the_steps_of_the_own_engines(logs, model):
-    """`serve` has its workers inside: a step that does not end makes it not alive; an idle engine does not."""
+    """`serve` has its workers inside: an engine thread that stands still makes it not alive, in the middle of its steps or
+    called and not waking; an idle engine does not."""
     directory = logs / "stalled"
     directory.mkdir()
     process = harness.Process(directory, "serve", ["serve", "--model", model, "--listen", "127.0.0.1:0", "--threads", 1,
@@ -68,13 +69,25 @@ def test_liveness_follows_the_steps_of_the_own_engines(logs, model):
     harness.wait_ready(process.address)
     time.sleep(1.5)
     assert (status("/live"), status("/health")) == (200, 200)
-    asking = threading.Thread(target=lambda: harness.request(process.address, "POST", "/v1/completions", {
-        "prompt": "a", "max_tokens": 1500, "ignore_eos": True}))
-    asking.start()
-    harness.wait_until(lambda: harness.metric(process.address, "millrace_engine_running") > 0, 20, "it runs", interval=0.001)
-    with thread_hold.held([process], "engine"):
-        harness.wait_until(lambda: status("/live") == 503, 30, "it is alive though its step does not end", interval=0.1)
-        assert status("/health") == 503
-    harness.wait_until(lambda: status("/live") == 200, 30, "it does not come back", interval=0.1)
-    asking.join()
+    ended = threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            harness.request(process.address, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 200, "ignore_eos": True})
+            time.sleep(0.01)
+
+    for called_first in (True, False):
+        ended.clear()
+        asking = threading.Thread(target=ask)
+        if called_first:
+            asking.start()
+            harness.wait_until(lambda: harness.metric(process.address, "millrace_engine_running") > 0, 20, "it runs")
+        with thread_hold.held([process], "engine"):
+            if not called_first:
+                asking.start()
+            harness.wait_until(lambda: status("/live") == 503, 30, "it is alive though its engine stands still", interval=0.1)
+            assert status("/health") == 503
+            ended.set()
+        harness.wait_until(lambda: status("/live") == 200, 30, "it does not come back", interval=0.1)
+        asking.join()
     assert process.stop() == 0
