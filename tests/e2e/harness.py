@@ -24,12 +24,12 @@ def binary():
 class Process:
     """One millrace process. Its output goes to a file; `address` is what it printed when it was ready."""
 
-    def __init__(self, log_dir, name, args, prefix=()):
+    def __init__(self, log_dir, name, args, prefix=(), program=None, env=None):
         self.name = name
         self.log_path = pathlib.Path(log_dir) / f"{name}.log"
         self.log = open(self.log_path, "wb")
-        self.popen = subprocess.Popen([*prefix, binary(), *map(str, args)], stdout=subprocess.PIPE, stderr=self.log,
-                                      stdin=subprocess.DEVNULL, text=True)
+        self.popen = subprocess.Popen([*prefix, program or binary(), *map(str, args)], stdout=subprocess.PIPE, stderr=self.log,
+                                      stdin=subprocess.DEVNULL, text=True, env=None if env is None else {**os.environ, **env})
         self.address = None
         self.metrics_address = None
         self.asked_to_end = False
