@@ -223,6 +223,12 @@ std::vector<uint8_t> Automaton::Letters() const {
   return letters;
 }
 
+size_t Automaton::bytes() const {
+  size_t bytes = sizeof(*this) + next_.capacity() * sizeof(State) + states_.capacity() * sizeof(StateInfo);
+  for (const StateInfo& state : states_) bytes += state.calls.capacity() * sizeof(Call);
+  return bytes;
+}
+
 bool Automaton::HasByteEdge(State state) const {
   const auto row = next_.begin() + static_cast<ptrdiff_t>(static_cast<size_t>(state) * num_classes_);
   return std::any_of(row, row + static_cast<ptrdiff_t>(num_classes_), [](State to) { return to != kDead; });

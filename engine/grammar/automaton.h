@@ -34,6 +34,7 @@ class Automaton {
 
   State start() const { return 0; }
   size_t num_states() const { return states_.size(); }
+  size_t bytes() const;  // of memory, roughly
   // Every state can reach the end of its rule: what is not dead can be completed.
   State Next(State state, uint8_t byte) const {
     return next_[static_cast<size_t>(state) * num_classes_ + class_of_[byte]];

@@ -36,13 +36,9 @@ void Walk(Matcher& matcher, const TokenTrie& trie, int32_t begin, int32_t end, c
 
 }  // namespace
 
-std::shared_ptr<const TokenGrammar::StateTokens> TokenGrammar::TokensOf(Automaton::State state) {
+std::shared_ptr<const StateTokens> TokenGrammar::TokensOf(Automaton::State state) {
   const int32_t of = class_of_[static_cast<size_t>(state)];
-  {
-    std::lock_guard lock(mutex_);
-    const auto found = found_.find(of);
-    if (found != found_.end()) return found->second;
-  }
+  if (auto kept = store_->Find(number_, of); kept != nullptr) return kept;
   auto tokens = std::make_shared<StateTokens>();
   tokens->inside.resize(trie_.num_words());
   Matcher matcher(*automaton_);  // its empty stack stands for whatever is below
@@ -56,9 +52,8 @@ std::shared_ptr<const TokenGrammar::StateTokens> TokenGrammar::TokensOf(Automato
       Set(&tokens->inside, trie_.tokens()[static_cast<size_t>(t)]);
     if (configs.ends && node.end > i + 1) tokens->leavings.push_back(i);
   });
-  std::lock_guard lock(mutex_);
-  if (found_.size() >= kClassesKept) found_.clear();
-  return found_.emplace(of, std::move(tokens)).first->second;
+  tokens->leavings.shrink_to_fit();
+  return store_->Keep(number_, of, std::move(tokens));
 }
 
 GrammarMask::GrammarMask(std::shared_ptr<TokenGrammar> grammar, const Tokenizer& tokenizer)
@@ -126,21 +121,31 @@ StatusOr<std::shared_ptr<TokenMask>> GrammarCache::MaskFor(const std::string& co
   {
     std::lock_guard lock(mutex_);
     const auto found = std::find_if(grammars_.begin(), grammars_.end(),
-                                    [&](const auto& entry) { return entry.first == constraint; });
+                                    [&](const Entry& entry) { return entry.constraint == constraint; });
     if (found != grammars_.end()) {
-      grammar = found->second;
+      grammar = found->grammar;
       std::rotate(found, found + 1, grammars_.end());
     }
   }
   if (grammar == nullptr) {
     MR_ASSIGN_OR_RETURN(const Grammar built, BuildGrammar(constraint));
     MR_ASSIGN_OR_RETURN(auto automaton, Automaton::Build(built));
-    grammar = std::make_shared<TokenGrammar>(std::move(automaton), trie_);
+    grammar = std::make_shared<TokenGrammar>(std::move(automaton), trie_, &store_);
+    const size_t bytes = grammar->bytes() + constraint.capacity();
     std::lock_guard lock(mutex_);
-    if (grammars_.size() >= kGrammarsKept) grammars_.erase(grammars_.begin());
-    grammars_.emplace_back(constraint, grammar);
+    grammars_.push_back({constraint, grammar, bytes});
+    grammars_bytes_ += bytes;
+    while (grammars_bytes_ > options_.grammars_bytes_max) {
+      grammars_bytes_ -= grammars_.front().bytes;
+      grammars_.erase(grammars_.begin());
+    }
   }
   return std::shared_ptr<TokenMask>(std::make_shared<GrammarMask>(std::move(grammar), tokenizer_));
+}
+
+size_t GrammarCache::grammars_bytes() const {
+  std::lock_guard lock(mutex_);
+  return grammars_bytes_;
 }
 
 }  // namespace millrace::engine

@@ -10,12 +10,12 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "engine/grammar/automaton.h"
 #include "engine/grammar/matcher.h"
 #include "engine/grammar/state_classes.h"
+#include "engine/grammar/state_tokens.h"
 #include "engine/grammar/token_trie.h"
 #include "engine/sampling/token_mask.h"
 
@@ -24,30 +24,27 @@ namespace millrace::engine {
 // One grammar over one vocabulary. Thread-safe.
 class TokenGrammar {
  public:
-  // The trie outlives it.
-  TokenGrammar(std::unique_ptr<const Automaton> automaton, const TokenTrie& trie)
+  // Trie and store outlive it.
+  TokenGrammar(std::unique_ptr<const Automaton> automaton, const TokenTrie& trie, StateTokensStore* store)
       : automaton_(std::move(automaton)),
         trie_(trie),
-        class_of_(ClassesOfStates(*automaton_, trie.depth_max())) {}
+        class_of_(ClassesOfStates(*automaton_, trie.depth_max())),
+        store_(store),
+        number_(store->NewGrammar()) {}
 
   const Automaton& automaton() const { return *automaton_; }
   const TokenTrie& trie() const { return trie_; }
+  size_t bytes() const { return automaton_->bytes() + class_of_.capacity() * sizeof(int32_t); }
 
-  struct StateTokens {
-    std::vector<uint64_t> inside;   // mask of the tokens that stay inside the rule
-    std::vector<int32_t> leavings;  // trie nodes at which the rule has ended and the token may go on
-  };
-  // Found at the first call for a class of states (walks the trie), then kept; shared because the table may
-  // be emptied when it has grown to kClassesKept.
+  // Found by walking the trie unless the store has it.
   std::shared_ptr<const StateTokens> TokensOf(Automaton::State state);
-  static constexpr size_t kClassesKept = 1024;
 
  private:
   const std::unique_ptr<const Automaton> automaton_;
   const TokenTrie& trie_;
   const std::vector<int32_t> class_of_;  // of each state
-  std::mutex mutex_;
-  std::unordered_map<int32_t, std::shared_ptr<const StateTokens>> found_;  // by class
+  StateTokensStore* const store_;
+  const uint32_t number_;
 };
 
 // Of one sequence.
@@ -74,21 +71,39 @@ class GrammarMask : public TokenMask {
   size_t next_known_ = 0;
 };
 
-// The compiled grammars of one model. Thread-safe.
+struct GrammarCacheOptions {
+  size_t grammars_bytes_max = size_t{128} << 20;
+  size_t tokens_bytes_max = size_t{256} << 20;
+};
+
+// The compiled grammars of one model, those last used within grammars_bytes_max, and what was found of their
+// states within tokens_bytes_max. Grammars that sequences hold live on when they go from here. Outlives the
+// masks. Thread-safe.
 class GrammarCache {
  public:
-  explicit GrammarCache(const Tokenizer& tokenizer) : tokenizer_(tokenizer), trie_(tokenizer) {}
+  explicit GrammarCache(const Tokenizer& tokenizer, const GrammarCacheOptions& options = {})
+      : options_(options), tokenizer_(tokenizer), trie_(tokenizer), store_(options.tokens_bytes_max) {}
 
   // `constraint` is what BuildGrammar takes. The mask of a new sequence; InvalidArgument or ResourceExhausted
   // say what is wrong with the constraint.
   StatusOr<std::shared_ptr<TokenMask>> MaskFor(const std::string& constraint);
-  static constexpr size_t kGrammarsKept = 64;
+  size_t grammars_bytes() const;
+  size_t tokens_bytes() const { return store_.bytes(); }
 
  private:
+  struct Entry {
+    std::string constraint;
+    std::shared_ptr<TokenGrammar> grammar;
+    size_t bytes;
+  };
+
+  const GrammarCacheOptions options_;
   const Tokenizer& tokenizer_;
   const TokenTrie trie_;
-  std::mutex mutex_;
-  std::vector<std::pair<std::string, std::shared_ptr<TokenGrammar>>> grammars_;  // last used last
+  StateTokensStore store_;
+  mutable std::mutex mutex_;     // guards what follows
+  std::vector<Entry> grammars_;  // last used last
+  size_t grammars_bytes_ = 0;
 };
 
 }  // namespace millrace::engine

@@ -396,6 +396,45 @@ TEST(GrammarMaskTest, IsAFunctionOfTheOutputAlone) {
   }
 }
 
+// Whatever clients ask for, what is kept stays within its bytes; and what has gone is found again, the same.
+TEST(GrammarMaskTest, KeepsNoMoreThanItsBytes) {
+  const Tokenizer& tokenizer = DemoTokenizer();
+  GrammarCacheOptions tight;
+  tight.grammars_bytes_max = 100'000;
+  tight.tokens_bytes_max = 20'000;
+  GrammarCache small(tokenizer, tight);
+  GrammarCache large(tokenizer);
+  size_t grammars_most = 0;
+  size_t tokens_most = 0;
+  for (int i = 0; i < 60; ++i) {
+    // Every third one is asked for again and again.
+    const std::string pattern = "[a-z]{2," + std::to_string(i % 3 == 0 ? 40 : 40 + i) + "} (yes|no|[0-9]+)";
+    const std::string constraint = R"({"type":"regex","pattern":")" + pattern + R"("})";
+    const auto a = small.MaskFor(constraint);
+    const auto b = large.MaskFor(constraint);
+    ASSERT_TRUE(a.ok() && b.ok());
+    std::vector<int32_t> output;
+    for (const char* piece : {"", "ab", "cde", " ", "12", "3"}) {
+      const auto tokens = *tokenizer.Encode(piece);
+      output.insert(output.end(), tokens.begin(), tokens.end());
+      const auto here = (*a)->After(output);
+      const auto there = (*b)->After(output);
+      ASSERT_TRUE(
+          std::equal(here.tokens.begin(), here.tokens.end(), there.tokens.begin(), there.tokens.end()))
+          << pattern << " after " << output.size();
+      ASSERT_EQ(here.may_end, there.may_end);
+    }
+    ASSERT_LE(small.grammars_bytes(), tight.grammars_bytes_max);
+    ASSERT_LE(small.tokens_bytes(), tight.tokens_bytes_max);
+    grammars_most = std::max(grammars_most, small.grammars_bytes());
+    tokens_most = std::max(tokens_most, small.tokens_bytes());
+  }
+  EXPECT_GT(grammars_most, tight.grammars_bytes_max / 2) << "some are kept";
+  EXPECT_GT(tokens_most, tight.tokens_bytes_max / 2);
+  EXPECT_GT(large.tokens_bytes(), 4 * tight.tokens_bytes_max) << "there was more than the small one may keep";
+  EXPECT_GT(large.grammars_bytes(), 4 * tight.grammars_bytes_max);
+}
+
 TEST(GrammarMaskTest, HoldsFromTheEndOfThinkingOn) {
   const Tokenizer& tokenizer = DemoTokenizer();
   GrammarCache cache(tokenizer);
