@@ -234,11 +234,11 @@ void ImportAttempt::OnDigest(uint64_t digest) {
 void ImportAttempt::Commit() {
   times_.committed = context_->control.Now();
   ticket_.MoveTo(TicketState::kCommitted);
+  context_->metrics.OnPrefillAttempt("committed");  // before anybody can see what follows from it
   context_->engine->FinishImport(params_.id, first_token_, /*first_already_sent=*/true,
                                  std::move(mtp_hidden_));
   context_->engine->ReleaseTicket(params_.id);
   ticket_.MoveTo(TicketState::kReleased);
-  context_->metrics.OnPrefillAttempt("committed");
   if (ImportOwner* owner = std::exchange(owner_, nullptr); owner != nullptr) owner->OnImported(times_);
 }
 

@@ -74,9 +74,10 @@ def test_what_came_from_which_peer(watched, long_model):
     assert value("millrace_kv_bytes_sum") == harness.metric(prefill.metrics_address, "millrace_worker_transfer_bytes_total") > 0
     assert value("millrace_kv_wire_seconds_sum") > 0 == value("millrace_kv_failures_total")
     for worker, queues in ((prefill, ("prefill_prealloc", "prefill_inflight")), (decode, ("decode_prealloc", "decode_transfer"))):
-        page = harness.request(worker.metrics_address, "GET", "/metrics")[2]
         for queue in queues:
-            assert re.search(rf'^millrace_worker_queue\{{queue="{queue}"\}} 0$', page, re.M), queue
+            # A ticket goes a moment after the answer's last byte.
+            harness.wait_until(lambda: re.search(rf'^millrace_worker_queue\{{queue="{queue}"\}} 0$', harness.request(
+                worker.metrics_address, "GET", "/metrics")[2], re.M), 10, f"{queue} is not empty")
 
 
 def test_pairs_can_be_compared(watched, long_model):
