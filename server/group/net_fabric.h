@@ -22,6 +22,7 @@
 #include "engine/moe/group_fabric.h"
 #include "server/group/members.h"
 #include "server/group/net_group.h"
+#include "server/group/rank_connection.h"
 #include "server/group/rank_link.h"
 #include "transfer/transfer.h"
 
@@ -51,7 +52,6 @@ class NetFabric final : public engine::GroupFabric {
         shape_(options.shape),
         stall_max_(options.stall_max),
         net_(net),
-        acceptor_(io_),
         timer_(io_),
         resolver_(io_),
         belief_(options.rank, options.shape.num_ranks),
@@ -106,6 +106,9 @@ class NetFabric final : public engine::GroupFabric {
     TimePoint loads_told_at;
     uint64_t target_told = 0;
     TimePoint heard;             // its last message
+    std::vector<HostPort> ways;  // where it is dialled: the address that was given first
+    size_t way = 0;              // the one that was tried last
+    std::string ended;           // why its connection ended while another one was being made
     engine::RankMask links = 0;  // as it says
     bool member = false;
     int foreign_beats = 0;  // that said that it is a member, while this one does not believe that
@@ -121,20 +124,41 @@ class NetFabric final : public engine::GroupFabric {
       f(std::countr_zero(left));
   }
 
+  // One connection that has been made, until it ends.
+  struct Meeting {
+    int32_t dialled = -1;               // the rank; -1: it has dialled
+    size_t way = 0;                     // of PeerOf(dialled).ways
+    std::shared_ptr<RankLink> goes_on;  // the link that it is to go on with; null: a new one
+    std::shared_ptr<RankLink> link;     // once met
+    int32_t rank = -1;                  // the other one, once met
+    std::weak_ptr<RankConnection> connection;
+    TimePoint until;  // it has to be met
+  };
+
   // Thread of io_.
-  void Accept();
+  Status ListenAt(const boost::asio::ip::tcp::endpoint& endpoint);
+  void Accept(boost::asio::ip::tcp::acceptor& acceptor);
   void Dial(int32_t rank);
-  void Greet(boost::asio::ip::tcp::socket socket, int32_t dialled);
-  Status Meet(const std::shared_ptr<RankLink>& link, int32_t dialled, const group::GroupHello& hello,
-              int32_t* rank);
+  void DialFailed(int32_t rank);
+  void Greet(boost::asio::ip::tcp::socket socket, const std::shared_ptr<Meeting>& meeting);
+  void SayHello(RankConnection& connection, uint64_t session, const RankLink* link);
+  void OnConnectionEnded(const RankConnection* connection, const Meeting& meeting, const std::string& why,
+                         bool by_peer);
+  Status Meet(const std::shared_ptr<RankConnection>& connection, const group::GroupHello& hello,
+              Meeting& meeting);
+  Status MeetAnew(const std::shared_ptr<RankConnection>& connection, const group::GroupHello& hello,
+                  Meeting& meeting);
+  Status GoOn(const std::shared_ptr<RankConnection>& connection, const group::GroupHello& hello,
+              Meeting& meeting);
   StatusOr<Peer> MakePeer(const group::GroupHello& hello);
-  void OnMessage(int32_t rank, const group::GroupMessage& message);
+  void OnMessage(const Meeting& meeting, const group::GroupMessage& message);
   void OnGrant(int32_t rank, const group::GroupGrant& grant);
   void OnMembers(int32_t rank, const group::GroupMembers& members);
   void OnAt(int32_t rank, const group::GroupAt& at);
   void OnBeat(int32_t rank, const group::GroupBeat& beat);
   void OnTarget(int32_t rank, const group::GroupTarget& target);
   void Beat();
+  void LookAtLinks(TimePoint now);
 
   // With mutex_.
   Status MayMeet(int32_t rank, const group::GroupHello& hello);
@@ -160,17 +184,13 @@ class NetFabric final : public engine::GroupFabric {
   engine::ControlHeader control_{};
 
   boost::asio::io_context io_;
-  boost::asio::ip::tcp::acceptor acceptor_;
+  std::deque<boost::asio::ip::tcp::acceptor> acceptors_;  // the first at net_.listen
   boost::asio::steady_timer timer_;
   boost::asio::ip::tcp::resolver resolver_;
   std::thread thread_;
   // Thread of io_.
   engine::RankMask dialling_ = 0;
-  struct Greeting {
-    std::weak_ptr<RankLink> link;  // that has not said who it is
-    TimePoint since;
-  };
-  std::vector<Greeting> greetings_;
+  std::vector<std::shared_ptr<Meeting>> meetings_;  // that have not met yet
 
   std::mutex mutex_;
   MembersBelief belief_;

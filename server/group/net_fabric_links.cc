@@ -20,10 +20,14 @@ using engine::GroupShape;
 using engine::RankBit;
 using engine::RankMask;
 
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr auto kBeatEvery = std::chrono::milliseconds(100);
 constexpr Duration kLoadsEvery = std::chrono::seconds(1);
 constexpr Duration kSilenceMax = std::chrono::seconds(5);
+constexpr Duration kMeetMax = std::chrono::seconds(1);  // to connect
+// A link on which nothing is heard or acknowledged for this long goes on over another connection; which gets
+// as long. Well below heartbeat_max: a rank is out when no way leads to it.
+constexpr Duration kQuietMax = std::chrono::milliseconds(500);
 constexpr int kForeignBeatsMax = 20;
 constexpr size_t kEarlyMax = 16;
 
@@ -60,16 +64,34 @@ Status NetFabric::Listen() {
   MR_ASSIGN_OR_RETURN(const std::vector<HostPort> addresses, Resolve(net_.listen));
   if (addresses.empty()) return Unavailable("{}: no such address", net_.listen.ToString());
   boost::system::error_code error;
-  const tcp::endpoint endpoint(asio::ip::make_address(addresses.front().host, error), net_.listen.port);
-  if (!error) acceptor_.open(endpoint.protocol(), error);
-  if (!error) acceptor_.set_option(tcp::acceptor::reuse_address(true), error);
-  if (!error) acceptor_.bind(endpoint, error);
-  if (!error) acceptor_.listen(asio::socket_base::max_listen_connections, error);
-  if (error)
-    return Unavailable("rank {} cannot listen on {}: {}", rank_, net_.listen.ToString(), error.message());
-  Accept();
+  const auto main = asio::ip::make_address(addresses.front().host, error);
+  const Status listens = error ? Unavailable("{}", error.message()) : ListenAt({main, net_.listen.port});
+  if (!listens.ok())
+    return Unavailable("rank {} cannot listen on {}: {}", rank_, net_.listen.ToString(), Message(listens));
+  // More ways for the others' links, where a rail has an address of its own.
+  std::vector<asio::ip::address> taken = {main};
+  for (const std::string& rail : net_.rails) {
+    const StatusOr<HostPort> parsed = ParseHostPort(rail);
+    if (!parsed.ok()) continue;
+    const auto address = asio::ip::make_address(parsed->host, error);
+    if (error || address.is_unspecified() || std::find(taken.begin(), taken.end(), address) != taken.end())
+      continue;
+    taken.push_back(address);
+    MR_RETURN_IF_ERROR(ListenAt({address, 0}));
+  }
+  for (tcp::acceptor& acceptor : acceptors_) Accept(acceptor);
   asio::post(io_, [this] { Beat(); });
   return OkStatus();
+}
+
+Status NetFabric::ListenAt(const tcp::endpoint& endpoint) {
+  boost::system::error_code error;
+  tcp::acceptor& acceptor = acceptors_.emplace_back(io_);
+  acceptor.open(endpoint.protocol(), error);
+  if (!error) acceptor.set_option(tcp::acceptor::reuse_address(true), error);
+  if (!error) acceptor.bind(endpoint, error);
+  if (!error) acceptor.listen(asio::socket_base::max_listen_connections, error);
+  return error ? Unavailable("{}: {}", endpoint.address().to_string(), error.message()) : OkStatus();
 }
 
 Status NetFabric::Enter() {
@@ -88,7 +110,11 @@ NetFabric::~NetFabric() {
   }
   asio::post(io_, [this] {
     boost::system::error_code ignored;
-    acceptor_.close(ignored);
+    for (tcp::acceptor& acceptor : acceptors_) acceptor.close(ignored);
+    for (const auto& meeting : meetings_) {
+      const std::shared_ptr<RankConnection> connection = meeting->connection.lock();
+      if (connection != nullptr && meeting->link == nullptr) connection->Close("this rank ends");
+    }
     timer_.cancel();
     resolver_.cancel();
     const std::lock_guard lock(mutex_);
@@ -110,60 +136,81 @@ RankMask NetFabric::Linked() const {
 
 // --- connections
 
-void NetFabric::Accept() {
-  acceptor_.async_accept([this](const boost::system::error_code& error, tcp::socket socket) {
-    if (error == asio::error::operation_aborted || !acceptor_.is_open()) return;
-    if (!error) Greet(std::move(socket), -1);
-    Accept();
+void NetFabric::Accept(tcp::acceptor& acceptor) {
+  acceptor.async_accept([this, &acceptor](const boost::system::error_code& error, tcp::socket socket) {
+    if (error == asio::error::operation_aborted || !acceptor.is_open()) return;
+    if (!error) Greet(std::move(socket), std::make_shared<Meeting>());
+    Accept(acceptor);
   });
 }
 
+// A rank that is not there, at the address that was given; or the next way to one whose link is quiet.
 void NetFabric::Dial(int32_t rank) {
   dialling_ |= RankBit(rank);
-  const HostPort& address = net_.peers[static_cast<size_t>(rank)];
-  const auto failed = [this, rank] { dialling_ &= ~RankBit(rank); };
+  const auto meeting = std::make_shared<Meeting>();
+  meeting->dialled = rank;
+  HostPort address = net_.peers[static_cast<size_t>(rank)];
+  {
+    const std::lock_guard lock(mutex_);
+    if (Peer& peer = PeerOf(rank); peer.link != nullptr) {
+      meeting->goes_on = peer.link;
+      peer.way = (peer.way + 1) % peer.ways.size();
+      address = peer.ways[peer.way];
+    }
+  }
   resolver_.async_resolve(
       address.host, std::to_string(address.port),
-      [this, rank, failed](const boost::system::error_code& error, const tcp::resolver::results_type& found) {
-        if (error) return failed();
+      [this, rank, meeting](const boost::system::error_code& error,
+                            const tcp::resolver::results_type& found) {
+        if (error) return DialFailed(rank);
         auto socket = std::make_shared<tcp::socket>(io_);
         // A host that is not there must not hold up what comes back at another address.
-        auto limit = std::make_shared<asio::steady_timer>(io_, std::chrono::seconds(1));
+        auto limit =
+            std::make_shared<asio::steady_timer>(io_, meeting->goes_on != nullptr ? kQuietMax : kMeetMax);
         limit->async_wait([socket](const boost::system::error_code& cancelled) {
           boost::system::error_code ignored;
           if (!cancelled) socket->close(ignored);
         });
         asio::async_connect(*socket, found,
-                            [this, rank, failed, socket, limit](const boost::system::error_code& refused,
-                                                                const tcp::endpoint&) {
+                            [this, rank, meeting, socket, limit](const boost::system::error_code& refused,
+                                                                 const tcp::endpoint&) {
                               limit->cancel();
-                              failed();
-                              if (!refused && socket->is_open()) Greet(std::move(*socket), rank);
+                              if (refused || !socket->is_open()) return DialFailed(rank);
+                              Greet(std::move(*socket), meeting);
                             });
       });
 }
 
-// Both sides say who they are; the first message of the other one decides whether it stays.
-void NetFabric::Greet(tcp::socket socket, int32_t dialled) {
-  const auto link = std::make_shared<RankLink>(std::move(socket));
-  const auto rank = std::make_shared<int32_t>(-1);
-  greetings_.push_back({link, Clock::System().Now()});
-  link->Start(
-      [this, weak = std::weak_ptr(link), dialled, rank](const group::GroupMessage& message) {
-        const std::shared_ptr<RankLink> self = weak.lock();
-        if (*rank >= 0) return OnMessage(*rank, message);
-        const Status status = message.has_hello() ? Meet(self, dialled, message.hello(), rank.get())
+void NetFabric::DialFailed(int32_t rank) {
+  dialling_ &= ~RankBit(rank);
+  const std::lock_guard lock(mutex_);
+  const std::string ended = PeerOf(rank).ended;
+  if (!ended.empty()) Lose(rank, "the connection to it ended: " + ended);
+}
+
+// Who has dialled says who it is, and the other one answers.
+void NetFabric::Greet(tcp::socket socket, const std::shared_ptr<Meeting>& meeting) {
+  const auto connection = std::make_shared<RankConnection>(std::move(socket));
+  meeting->connection = connection;
+  meeting->until = Clock::System().Now() + (meeting->goes_on != nullptr ? kQuietMax : kSilenceMax);
+  meetings_.push_back(meeting);
+  connection->Start(
+      [this, meeting](const group::GroupMessage& message) {
+        if (meeting->link != nullptr) return OnMessage(*meeting, message);
+        const std::shared_ptr<RankConnection> self = meeting->connection.lock();
+        const Status status = message.has_hello() ? Meet(self, message.hello(), *meeting)
                                                   : InvalidArgument("a message before the greeting");
         if (!status.ok()) self->Close(std::string(Message(status)));
       },
-      [this, raw = link.get(), rank](const std::string& why) {
-        const std::lock_guard lock(mutex_);
-        if (*rank < 0) {
-          if (!stopping_) LogDebug("expert group: a connection was not taken: {}", why);
-        } else if (PeerOf(*rank).link.get() == raw) {
-          Lose(*rank, "the connection to it ended: " + why);
-        }
+      [this, meeting, raw = connection.get()](const std::string& why, bool by_peer) {
+        OnConnectionEnded(raw, *meeting, why, by_peer);
       });
+  if (meeting->dialled < 0) return;
+  const RankLink* const link = meeting->goes_on.get();
+  SayHello(*connection, link == nullptr ? 0 : link->session(), link);
+}
+
+void NetFabric::SayHello(RankConnection& connection, uint64_t session, const RankLink* link) {
   group::GroupMessage message;
   group::GroupHello& hello = *message.mutable_hello();
   hello.set_version(kVersion);
@@ -172,39 +219,117 @@ void NetFabric::Greet(tcp::socket socket, int32_t dialled) {
   hello.set_incarnation(own_->header().incarnation);
   hello.set_transfer(transfer_->Descriptor());
   hello.set_transfer_epoch(transfer_->epoch());
+  hello.set_session(session);
+  if (link != nullptr) {
+    hello.set_taken(link->taken());
+    hello.set_next(link->acknowledged());
+  }
+  for (size_t i = 1; i < acceptors_.size(); ++i) {
+    boost::system::error_code ignored;
+    const tcp::endpoint way = acceptors_[i].local_endpoint(ignored);
+    hello.add_ways(HostPort{way.address().to_string(), way.port()}.ToString());
+  }
   {
     const std::lock_guard lock(mutex_);
     *hello.mutable_members() = Belief();
   }
-  link->Send(message);
+  connection.Send(RankConnection::Frame(message));
 }
 
-// Not OK: the connection is given up. The other side dials again.
-Status NetFabric::Meet(const std::shared_ptr<RankLink>& link, int32_t dialled, const group::GroupHello& hello,
-                       int32_t* rank) {
+void NetFabric::OnConnectionEnded(const RankConnection* connection, const Meeting& meeting,
+                                  const std::string& why, bool by_peer) {
+  if (meeting.link == nullptr) {
+    LogDebug("expert group: a connection was not taken: {}", why);
+    if (meeting.dialled >= 0) DialFailed(meeting.dialled);
+    return;
+  }
+  const std::lock_guard lock(mutex_);
+  Peer& peer = PeerOf(meeting.rank);
+  if (peer.link != meeting.link) return;
+  // While another connection is being made, the other side may have gone over to that one.
+  const bool waits = (dialling_ & RankBit(meeting.rank)) != 0;
+  if (waits && by_peer && peer.link->Uses(connection)) peer.ended = why;
+  if (peer.link->Ended(connection, why, by_peer && !waits))
+    Lose(meeting.rank, "the connection to it ended: " + why);
+}
+
+// Not OK: the connection is given up. Who dials does so again.
+Status NetFabric::Meet(const std::shared_ptr<RankConnection>& connection, const group::GroupHello& hello,
+                       Meeting& meeting) {
   const auto theirs = static_cast<int32_t>(std::min<uint32_t>(hello.rank(), INT32_MAX));
   if (hello.version() != kVersion) return InvalidArgument("version {} of the protocol", hello.version());
-  if (theirs >= shape_.num_ranks || theirs == rank_ || (dialled >= 0 ? theirs != dialled : theirs < rank_)) {
+  if (theirs >= shape_.num_ranks || theirs == rank_ ||
+      (meeting.dialled >= 0 ? theirs != meeting.dialled : theirs < rank_)) {
     return InvalidArgument("rank {} is not expected there", hello.rank());
   }
+  meeting.rank = theirs;
+  const bool goes_on = meeting.dialled >= 0 ? meeting.goes_on != nullptr : hello.session() != 0;
+  return goes_on ? GoOn(connection, hello, meeting) : MeetAnew(connection, hello, meeting);
+}
+
+Status NetFabric::MeetAnew(const std::shared_ptr<RankConnection>& connection, const group::GroupHello& hello,
+                           Meeting& meeting) {
+  const bool dialled = meeting.dialled >= 0;
+  const uint64_t session = dialled ? hello.session() : RandomId() | 1;
+  if (!dialled) SayHello(*connection, session, nullptr);
   {
     const std::lock_guard lock(mutex_);
-    MR_RETURN_IF_ERROR(MayMeet(theirs, hello));
+    MR_RETURN_IF_ERROR(MayMeet(meeting.rank, hello));
   }
   // Without the lock: the transfer engine's thread may wait for that in a callback.
-  MR_ASSIGN_OR_RETURN(Peer peer, MakePeer(hello));
-  peer.link = link;
+  MR_ASSIGN_OR_RETURN(Peer made, MakePeer(hello));
   const std::lock_guard lock(mutex_);
-  *rank = theirs;
-  std::erase_if(greetings_, [&](const Greeting& greeting) { return greeting.link.lock() == link; });
-  PeerOf(theirs) = std::move(peer);
+  if (dialled) dialling_ &= ~RankBit(meeting.rank);
+  Peer& peer = PeerOf(meeting.rank);
+  peer = std::move(made);
+  peer.link = meeting.link = std::make_shared<RankLink>(session);
+  peer.ways = {net_.peers[static_cast<size_t>(meeting.rank)]};
+  for (const std::string& way : hello.ways()) {
+    if (const StatusOr<HostPort> parsed = ParseHostPort(way); parsed.ok()) peer.ways.push_back(*parsed);
+  }
+  peer.link->Attach(connection, 0, 0, /*sure=*/true, Clock::System().Now());
   group::GroupMessage message;
   group::GroupGrant& grant = *message.mutable_grant();
-  grant.set_ticket(PeerOf(theirs).ticket);
-  grant.set_region(PeerOf(theirs).region);
+  grant.set_ticket(peer.ticket);
+  grant.set_region(peer.region);
   grant.set_held_version(own_->header().held_version.load());
   grant.set_held(own_->held(), Cells());
-  link->Send(message);
+  peer.link->Send(message);
+  return OkStatus();
+}
+
+// The same link over another connection.
+Status NetFabric::GoOn(const std::shared_ptr<RankConnection>& connection, const group::GroupHello& hello,
+                       Meeting& meeting) {
+  const bool dialled = meeting.dialled >= 0;
+  std::shared_ptr<RankLink> link = meeting.goes_on;
+  if (!dialled) {
+    {
+      const std::lock_guard lock(mutex_);
+      const Peer& peer = PeerOf(meeting.rank);
+      if (!stopping_ && peer.link != nullptr && peer.link->session() == hello.session() &&
+          peer.incarnation == hello.incarnation() && !peer.link->over() &&
+          peer.link->Acknowledge(hello.taken())) {
+        link = peer.link;
+      }
+    }
+    SayHello(*connection, link == nullptr ? 0 : link->session(), link.get());
+  }
+  const std::lock_guard lock(mutex_);
+  Peer& peer = PeerOf(meeting.rank);
+  if (link == nullptr || peer.link != link)
+    return FailedPrecondition("the link that it goes on with is over");
+  if (dialled) dialling_ &= ~RankBit(meeting.rank);
+  const bool fits = hello.session() == link->session() &&
+                    link->Attach(connection, dialled ? hello.next() : link->taken(), hello.taken(),
+                                 /*sure=*/dialled, Clock::System().Now());
+  if (!fits) {
+    Lose(meeting.rank, "it has given up the link");
+    return FailedPrecondition("the link is over");
+  }
+  peer.ended.clear();
+  meeting.link = link;
+  LogWarning("expert group: the link with rank {} goes on over another connection", meeting.rank);
   return OkStatus();
 }
 
@@ -329,10 +454,14 @@ void NetFabric::Remove(int32_t rank, uint32_t epoch, const char* reason) {
 
 // --- messages
 
-void NetFabric::OnMessage(int32_t rank, const group::GroupMessage& message) {
+void NetFabric::OnMessage(const Meeting& meeting, const group::GroupMessage& message) {
+  const int32_t rank = meeting.rank;
+  const TimePoint now = Clock::System().Now();
   const std::lock_guard lock(mutex_);
-  if (PeerOf(rank).link == nullptr) return;  // lost meanwhile
-  PeerOf(rank).heard = Clock::System().Now();
+  if (PeerOf(rank).link != meeting.link) return;                     // lost meanwhile
+  if (!meeting.link->Uses(meeting.connection.lock().get())) return;  // another one goes on with it
+  PeerOf(rank).heard = now;
+  if (!meeting.link->Take(now)) return;
   switch (message.body_case()) {
     case group::GroupMessage::kGrant:
       return OnGrant(rank, message.grant());
@@ -403,6 +532,7 @@ void NetFabric::Take(Peer& peer, const group::GroupAt& at) {
 
 void NetFabric::OnBeat(int32_t rank, const group::GroupBeat& beat) {
   Peer& peer = PeerOf(rank);
+  if (!peer.link->Acknowledge(beat.taken())) return peer.link->Close("it has taken what was not sent");
   peer.copy->header().beat.store(beat.beat());
   peer.links = beat.linked();
   peer.member = beat.members().formed();
@@ -443,13 +573,27 @@ void NetFabric::OnTarget(int32_t rank, const group::GroupTarget& target) {
   header.target_version.fetch_add(1);
 }
 
+// Links that are over; and ranks that are no members and fall silent. Of members that is noticed by their
+// beats (heartbeat_max).
+void NetFabric::LookAtLinks(TimePoint now) {
+  for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
+    const Peer& peer = PeerOf(rank);
+    if (peer.link == nullptr) continue;
+    if (peer.link->over()) {
+      Lose(rank, "the connection to it ended: " + peer.link->why());
+    } else if (!belief_.Has(rank) && now - peer.heard > kSilenceMax) {
+      Lose(rank, "nothing is heard of it");
+    }
+  }
+}
+
 // Ten times a second: signs of life, what changes slowly, and another try to reach who is not there.
 void NetFabric::Beat() {
   const TimePoint now = Clock::System().Now();
-  std::erase_if(greetings_, [&](const Greeting& greeting) {
-    const std::shared_ptr<RankLink> link = greeting.link.lock();
-    if (link != nullptr && now - greeting.since <= kSilenceMax) return false;
-    if (link != nullptr) link->Close("it does not say who it is");
+  std::erase_if(meetings_, [&](const std::shared_ptr<Meeting>& meeting) {
+    const std::shared_ptr<RankConnection> connection = meeting->connection.lock();
+    if (connection != nullptr && meeting->link == nullptr && now <= meeting->until) return false;
+    if (connection != nullptr && meeting->link == nullptr) connection->Close("it does not say who it is");
     return true;
   });
   RankMask away = 0;
@@ -457,14 +601,10 @@ void NetFabric::Beat() {
     const std::lock_guard lock(mutex_);
     if (stopping_ || belief_.cast_out()) return;
     TryToForm();
-    // Members that fall silent are noticed by their beats (heartbeat_max). This is for the others.
-    for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) {
-      const Peer& peer = PeerOf(rank);
-      if (peer.link != nullptr && !belief_.Has(rank) && now - peer.heard > kSilenceMax)
-        Lose(rank, "nothing is heard of it");
-    }
+    LookAtLinks(now);
     for (int32_t rank = 0; rank < rank_; ++rank) {
-      if (PeerOf(rank).link == nullptr) away |= RankBit(rank);
+      const auto& link = PeerOf(rank).link;
+      if (link == nullptr || link->Quiet(now, kQuietMax)) away |= RankBit(rank);
     }
     std::vector<uint64_t> loads(Cells());
     for (size_t i = 0; i < loads.size(); ++i) loads[i] = engine::Get(own_->loads()[i]);
@@ -476,6 +616,7 @@ void NetFabric::Beat() {
       beat.set_beat(own_->header().beat.load());
       *beat.mutable_members() = Belief();
       beat.set_linked(static_cast<uint32_t>(Linked() | RankBit(rank_)));
+      beat.set_taken(peer.link->taken());
       if (loads != peer.loads_told && now - peer.loads_told_at >= kLoadsEvery) {
         beat.mutable_loads()->Assign(loads.begin(), loads.end());
         peer.loads_told = loads;

@@ -1,45 +1,74 @@
 #pragma once
-// One TCP connection between two ranks, of messages that are small and in order.
+// What two ranks tell each other: every message once and in order, over one connection after another. When a
+// way between them is cut, the rank that dials takes another one, and both go on where they were: each keeps
+// what it has said until the other one has acknowledged it, and each says, when they meet again, how much it
+// has taken. The end of the other process ends the link at once.
 
-#include <boost/asio/ip/tcp.hpp>
-#include <functional>
+#include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
 
-#include "proto/group.pb.h"
+#include "base/clock.h"
+#include "server/group/rank_connection.h"
 
 namespace millrace::server {
 
-namespace group = ::millrace::group::v1;  // generated messages
-
-class RankLink : public std::enable_shared_from_this<RankLink> {
+// The thread of the connections, except where said.
+class RankLink {
  public:
-  using OnMessage = std::function<void(const group::GroupMessage&)>;
-  using OnClosed = std::function<void(const std::string& why)>;
+  explicit RankLink(uint64_t session) : session_(session) {}
 
-  explicit RankLink(boost::asio::ip::tcp::socket socket);
+  uint64_t session() const { return session_; }  // names this link on both sides
 
-  // Both are called on the thread of the socket's executor; on_closed once, as the last.
-  void Start(OnMessage on_message, OnClosed on_closed);
-  // Any thread; never blocks. A peer that does not take what it is sent loses the connection.
+  // Any thread; never blocks. Without a connection it waits for the next one. A peer that acknowledges too
+  // little for too long loses the link.
   void Send(const group::GroupMessage& message);
-  // Any thread; on_closed follows. What was sent still goes out.
+  // Any thread. The link is over; whoever looks after it finds that in over(), or at its connection's end.
   void Close(const std::string& why);
 
+  // Goes on over this connection: the first message that comes over it is the other side's number `next`,
+  // which has taken `heard` of this side's. `sure`: the other side uses the connection too, so its end would
+  // be that of the peer; else only once something has come over it. False: there is no such place to go on
+  // from.
+  bool Attach(std::shared_ptr<RankConnection> connection, uint64_t next, uint64_t heard, bool sure,
+              TimePoint now);
+  bool Uses(const RankConnection* connection) const;
+  // A message has come over the connection in use. False: it has been taken before.
+  bool Take(TimePoint now);
+  // A connection has ended. True if that is the link's end too.
+  bool Ended(const RankConnection* connection, const std::string& why, bool by_peer);
+  uint64_t taken() const { return taken_; }
+  // The other side has taken that many of this side's messages; false if that cannot be.
+  bool Acknowledge(uint64_t heard);
+  uint64_t acknowledged() const;  // what the next connection begins with
+
+  // Nothing has come, or nothing has been acknowledged, for longer than `max`; or there is no connection.
+  bool Quiet(TimePoint now, Duration max) const;
+  bool over() const;
+  std::string why() const;
+
  private:
-  void Read();
-  bool TakeMessages();
+  struct Frame {
+    std::string bytes;
+    TimePoint since;
+  };
 
-  boost::asio::ip::tcp::socket socket_;
-  OnMessage on_message_;
-  OnClosed on_closed_;
-  std::string input_;  // what has come and is no whole message yet
+  const uint64_t session_;
+  uint64_t taken_ = 0;
+  uint64_t skip_ = 0;  // of what comes next, that was taken before over another connection
+  bool sure_ = false;
+  TimePoint heard_;
+  TimePoint attached_;
 
-  std::mutex mutex_;  // the descriptor against its end, and the order of what is sent
-  bool open_ = true;
+  mutable std::mutex mutex_;  // guards what follows
+  std::shared_ptr<RankConnection> connection_;
+  std::deque<Frame> unacknowledged_;
+  size_t unacknowledged_bytes_ = 0;
+  uint64_t acknowledged_ = 0;  // messages before unacknowledged_.front()
+  bool over_ = false;
   std::string why_;
-  std::string frame_;
 };
 
 }  // namespace millrace::server

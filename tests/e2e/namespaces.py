@@ -1,5 +1,6 @@
 """Two network namespaces joined by veth pairs."""
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -84,6 +85,13 @@ class Pair:
     def run(self, side, call):
         """Runs `call` in a thread whose sockets are on that side; its result."""
         return run_in(self.names[side], call)
+
+    @contextlib.contextmanager
+    def cut(self, link):
+        """Nothing comes through; side 0 sees its interface go down, side 1 its carrier."""
+        ip("-n", self.names[0], "link", "set", f"rail{link}", "down")
+        yield
+        ip("-n", self.names[0], "link", "set", f"rail{link}", "up")
 
     def bytes_sent(self, side, link):
         text = subprocess.run([*self.prefix(side), "cat", f"/sys/class/net/rail{link}/statistics/tx_bytes"],

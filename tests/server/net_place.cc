@@ -10,18 +10,21 @@ namespace {
 
 class Addresses final : public engine::GroupPlace {
  public:
-  explicit Addresses(std::vector<HostPort> addresses) : addresses_(std::move(addresses)) {}
+  Addresses(std::vector<HostPort> addresses, std::vector<std::string> rails, std::vector<HostPort> dialled)
+      : addresses_(std::move(addresses)), rails_(std::move(rails)), dialled_(std::move(dialled)) {}
   StatusOr<std::unique_ptr<engine::ExpertGroup>> Join(
       const engine::RankGroupOptions& options) const override {
     NetGroupOptions net;
     net.listen = addresses_[static_cast<size_t>(options.rank)];
-    net.peers.assign(addresses_.begin(), addresses_.begin() + options.shape.num_ranks);
-    net.rails = {"127.0.0.1:0"};
+    net.peers.assign(dialled_.begin(), dialled_.begin() + options.shape.num_ranks);
+    net.rails = rails_;
     return JoinNetGroup(options, net);
   }
 
  private:
   const std::vector<HostPort> addresses_;
+  const std::vector<std::string> rails_;
+  const std::vector<HostPort> dialled_;
 };
 
 }  // namespace
@@ -38,8 +41,10 @@ std::vector<HostPort> FreeAddresses(int count) {
   return addresses;
 }
 
-std::unique_ptr<engine::GroupPlace> PlaceAt(std::vector<HostPort> addresses) {
-  return std::make_unique<Addresses>(std::move(addresses));
+std::unique_ptr<engine::GroupPlace> PlaceAt(std::vector<HostPort> addresses, std::vector<std::string> rails,
+                                            std::vector<HostPort> dialled) {
+  if (dialled.empty()) dialled = addresses;
+  return std::make_unique<Addresses>(std::move(addresses), std::move(rails), std::move(dialled));
 }
 
 }  // namespace millrace::server

@@ -1,0 +1,107 @@
+#include "server/group/rank_connection.h"
+
+#include <sys/socket.h>
+
+#include <boost/asio/buffer.hpp>
+#include <boost/asio/error.hpp>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+namespace millrace::server {
+namespace {
+
+// The largest there is: loads and targets of a model with 100 layers of 256 experts.
+constexpr uint32_t kMessageBytesMax = 1 << 20;
+constexpr size_t kReadBytes = 64 << 10;
+constexpr int kSendBuffer = 2 << 20;
+
+bool IsOfPeer(const boost::system::error_code& error) {
+  return error == boost::asio::error::eof || error == boost::asio::error::connection_reset ||
+         error == boost::asio::error::broken_pipe;
+}
+
+}  // namespace
+
+RankConnection::RankConnection(boost::asio::ip::tcp::socket socket) : socket_(std::move(socket)) {
+  boost::system::error_code ignored;
+  socket_.set_option(boost::asio::ip::tcp::no_delay(true), ignored);
+  socket_.set_option(boost::asio::socket_base::send_buffer_size(kSendBuffer), ignored);
+}
+
+std::string RankConnection::Frame(const group::GroupMessage& message) {
+  const auto length = static_cast<uint32_t>(message.ByteSizeLong());
+  std::string frame(sizeof(length) + length, '\0');
+  std::memcpy(frame.data(), &length, sizeof(length));
+  message.SerializeToArray(frame.data() + sizeof(length), static_cast<int>(length));
+  return frame;
+}
+
+void RankConnection::Start(OnMessage on_message, OnClosed on_closed) {
+  on_message_ = std::move(on_message);
+  on_closed_ = std::move(on_closed);
+  Read();
+}
+
+void RankConnection::Read() {
+  const size_t had = input_.size();
+  input_.resize(had + kReadBytes);
+  socket_.async_read_some(
+      boost::asio::buffer(input_.data() + had, kReadBytes),
+      [this, self = shared_from_this(), had](const boost::system::error_code& error, size_t count) {
+        input_.resize(had + count);
+        if (!error && TakeMessages()) return Read();
+        End(error ? error.message() : "a message that is none", !error || IsOfPeer(error));
+        bool by_peer = false;
+        {
+          const std::lock_guard lock(mutex_);
+          by_peer = by_peer_;
+          boost::system::error_code ignored;
+          socket_.close(ignored);
+        }
+        on_message_ = nullptr;
+        std::exchange(on_closed_, nullptr)(why_, by_peer);
+      });
+}
+
+// False: what came is not what a rank sends.
+bool RankConnection::TakeMessages() {
+  size_t begin = 0;
+  while (input_.size() - begin >= sizeof(uint32_t)) {
+    uint32_t length = 0;
+    std::memcpy(&length, input_.data() + begin, sizeof(length));
+    if (length > kMessageBytesMax) return false;
+    if (input_.size() - begin - sizeof(length) < length) break;
+    group::GroupMessage message;
+    if (!message.ParseFromArray(input_.data() + begin + sizeof(length), static_cast<int>(length)))
+      return false;
+    begin += sizeof(length) + length;
+    on_message_(message);
+  }
+  input_.erase(0, begin);
+  return true;
+}
+
+void RankConnection::Send(const std::string& frame) {
+  const std::lock_guard lock(mutex_);
+  if (!open_) return;
+  const ssize_t sent = send(socket_.native_handle(), frame.data(), frame.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (sent == static_cast<ssize_t>(frame.size())) return;
+  const int error = errno;
+  if (sent >= 0 || error == EAGAIN) return EndLocked("it does not read what it is sent", false);
+  EndLocked(std::strerror(error), error == EPIPE || error == ECONNRESET);
+}
+
+void RankConnection::End(const std::string& why, bool by_peer) {
+  const std::lock_guard lock(mutex_);
+  if (open_) EndLocked(why, by_peer);
+}
+
+void RankConnection::EndLocked(const std::string& why, bool by_peer) {
+  open_ = false;
+  why_ = why;
+  by_peer_ = by_peer;
+  shutdown(socket_.native_handle(), SHUT_RDWR);  // ends the read
+}
+
+}  // namespace millrace::server
