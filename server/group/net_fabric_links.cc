@@ -29,6 +29,7 @@ constexpr Duration kMeetMax = std::chrono::seconds(1);  // to connect
 // as long. Well below heartbeat_max: a rank is out when no way leads to it.
 constexpr Duration kQuietMax = std::chrono::milliseconds(500);
 constexpr int kForeignBeatsMax = 20;
+constexpr int kWaysMax = 16;
 constexpr size_t kEarlyMax = 16;
 
 }  // namespace
@@ -271,6 +272,7 @@ Status NetFabric::MeetAnew(const std::shared_ptr<RankConnection>& connection, co
                            Meeting& meeting) {
   const bool dialled = meeting.dialled >= 0;
   const uint64_t session = dialled ? hello.session() : RandomId() | 1;
+  if (session == 0) return InvalidArgument("an answer without a link");
   if (!dialled) SayHello(*connection, session, nullptr);
   {
     const std::lock_guard lock(mutex_);
@@ -284,8 +286,9 @@ Status NetFabric::MeetAnew(const std::shared_ptr<RankConnection>& connection, co
   peer = std::move(made);
   peer.link = meeting.link = std::make_shared<RankLink>(session);
   peer.ways = {net_.peers[static_cast<size_t>(meeting.rank)]};
-  for (const std::string& way : hello.ways()) {
-    if (const StatusOr<HostPort> parsed = ParseHostPort(way); parsed.ok()) peer.ways.push_back(*parsed);
+  for (int i = 0; i < std::min(hello.ways_size(), kWaysMax); ++i) {
+    if (const StatusOr<HostPort> parsed = ParseHostPort(hello.ways(i)); parsed.ok())
+      peer.ways.push_back(*parsed);
   }
   peer.link->Attach(connection, 0, 0, /*sure=*/true, Clock::System().Now());
   group::GroupMessage message;
