@@ -51,7 +51,6 @@ def test_a_prefill_worker_is_killed(mortal, make_prompt):
     ask = lambda prompt: harness.complete(mortal.address, prompt, max_tokens=40, ignore_eos=True)
     expected = [ask(prompt) for prompt in prompts]
     victim = mortal.workers["prefill"][0]
-    assert used(victim, "prefill") > 0
 
     done = []
     def load(i):
