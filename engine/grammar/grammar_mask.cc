@@ -135,7 +135,7 @@ StatusOr<std::shared_ptr<TokenMask>> GrammarCache::MaskFor(const std::string& co
     std::lock_guard lock(mutex_);
     grammars_.push_back({constraint, grammar, bytes});
     grammars_bytes_ += bytes;
-    while (grammars_bytes_ > options_.grammars_bytes_max) {
+    while (grammars_bytes_ > options_.grammars_bytes_max || grammars_.size() > options_.grammars_max) {
       grammars_bytes_ -= grammars_.front().bytes;
       grammars_.erase(grammars_.begin());
     }

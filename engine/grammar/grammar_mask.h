@@ -73,10 +73,11 @@ class GrammarMask : public TokenMask {
 
 struct GrammarCacheOptions {
   size_t grammars_bytes_max = size_t{128} << 20;
+  size_t grammars_max = 256;  // that are looked through for each new sequence
   size_t tokens_bytes_max = size_t{256} << 20;
 };
 
-// The compiled grammars of one model, those last used within grammars_bytes_max, and what was found of their
+// The compiled grammars of one model, those last used within both bounds, and what was found of their
 // states within tokens_bytes_max. Grammars that sequences hold live on when they go from here. Outlives the
 // masks. Thread-safe.
 class GrammarCache {

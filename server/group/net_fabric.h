@@ -106,9 +106,8 @@ class NetFabric final : public engine::GroupFabric {
     TimePoint loads_told_at;
     uint64_t target_told = 0;
     TimePoint heard;             // its last message
-    std::vector<HostPort> ways;  // where it is dialled: the address that was given first
+    std::vector<HostPort> ways;  // where it is dialled: the address that it was met at first
     size_t way = 0;              // the one that was tried last
-    std::string ended;           // why its connection ended while another one was being made
     engine::RankMask links = 0;  // as it says
     bool member = false;
     int foreign_beats = 0;  // that said that it is a member, while this one does not believe that
@@ -127,11 +126,11 @@ class NetFabric final : public engine::GroupFabric {
   // One connection that has been made, until it ends.
   struct Meeting {
     int32_t dialled = -1;               // the rank; -1: it has dialled
-    size_t way = 0;                     // of PeerOf(dialled).ways
     std::shared_ptr<RankLink> goes_on;  // the link that it is to go on with; null: a new one
     std::shared_ptr<RankLink> link;     // once met
     int32_t rank = -1;                  // the other one, once met
     std::weak_ptr<RankConnection> connection;
+    HostPort remote;  // the other end
     TimePoint until;  // it has to be met
   };
 
@@ -139,9 +138,10 @@ class NetFabric final : public engine::GroupFabric {
   Status ListenAt(const boost::asio::ip::tcp::endpoint& endpoint);
   void Accept(boost::asio::ip::tcp::acceptor& acceptor);
   void Dial(int32_t rank);
-  void DialFailed(int32_t rank);
+  void Connect(const std::vector<boost::asio::ip::tcp::endpoint>& addresses,
+               const std::shared_ptr<Meeting>& meeting);
   void Greet(boost::asio::ip::tcp::socket socket, const std::shared_ptr<Meeting>& meeting);
-  void SayHello(RankConnection& connection, uint64_t session, const RankLink* link);
+  void SayHello(RankConnection& connection, uint64_t session, const RankLink* link, uint64_t attempt = 0);
   void OnConnectionEnded(const RankConnection* connection, const Meeting& meeting, const std::string& why,
                          bool by_peer);
   Status Meet(const std::shared_ptr<RankConnection>& connection, const group::GroupHello& hello,

@@ -25,9 +25,11 @@ constexpr auto kBeatEvery = std::chrono::milliseconds(100);
 constexpr Duration kLoadsEvery = std::chrono::seconds(1);
 constexpr Duration kSilenceMax = std::chrono::seconds(5);
 constexpr Duration kMeetMax = std::chrono::seconds(1);  // to connect
-// A link on which nothing is heard or acknowledged for this long goes on over another connection; which gets
-// as long. Well below heartbeat_max: a rank is out when no way leads to it.
+// A link on which nothing is heard or acknowledged for this long goes on over another connection; one attempt
+// after the other, each of which may take so long. With the usual heartbeat_max of 2 s up to five ways are
+// tried.
 constexpr Duration kQuietMax = std::chrono::milliseconds(500);
+constexpr Duration kTryMax = std::chrono::milliseconds(300);
 constexpr int kForeignBeatsMax = 20;
 constexpr int kWaysMax = 16;
 constexpr size_t kEarlyMax = 16;
@@ -155,45 +157,53 @@ void NetFabric::Dial(int32_t rank) {
     const std::lock_guard lock(mutex_);
     if (Peer& peer = PeerOf(rank); peer.link != nullptr) {
       meeting->goes_on = peer.link;
+      meeting->until = Clock::System().Now() + kTryMax;
       peer.way = (peer.way + 1) % peer.ways.size();
       address = peer.ways[peer.way];
     }
   }
+  // A number does not wait behind the names of others.
+  boost::system::error_code no_number;
+  const auto number = asio::ip::make_address(address.host, no_number);
+  if (!no_number) return Connect({{number, address.port}}, meeting);
   resolver_.async_resolve(
       address.host, std::to_string(address.port),
-      [this, rank, meeting](const boost::system::error_code& error,
-                            const tcp::resolver::results_type& found) {
-        if (error) return DialFailed(rank);
-        auto socket = std::make_shared<tcp::socket>(io_);
-        // A host that is not there must not hold up what comes back at another address.
-        auto limit =
-            std::make_shared<asio::steady_timer>(io_, meeting->goes_on != nullptr ? kQuietMax : kMeetMax);
-        limit->async_wait([socket](const boost::system::error_code& cancelled) {
-          boost::system::error_code ignored;
-          if (!cancelled) socket->close(ignored);
-        });
-        asio::async_connect(*socket, found,
-                            [this, rank, meeting, socket, limit](const boost::system::error_code& refused,
-                                                                 const tcp::endpoint&) {
-                              limit->cancel();
-                              if (refused || !socket->is_open()) return DialFailed(rank);
-                              Greet(std::move(*socket), meeting);
-                            });
+      [this, meeting](const boost::system::error_code& error, const tcp::resolver::results_type& found) {
+        if (!error) return Connect({found.begin(), found.end()}, meeting);
+        dialling_ &= ~RankBit(meeting->dialled);
       });
 }
 
-void NetFabric::DialFailed(int32_t rank) {
-  dialling_ &= ~RankBit(rank);
-  const std::lock_guard lock(mutex_);
-  const std::string ended = PeerOf(rank).ended;
-  if (!ended.empty()) Lose(rank, "the connection to it ended: " + ended);
+void NetFabric::Connect(const std::vector<tcp::endpoint>& addresses,
+                        const std::shared_ptr<Meeting>& meeting) {
+  auto socket = std::make_shared<tcp::socket>(io_);
+  // A host that is not there must not hold up what comes back at another address.
+  auto limit = std::make_shared<asio::steady_timer>(io_, meeting->goes_on != nullptr ? kTryMax : kMeetMax);
+  limit->async_wait([socket](const boost::system::error_code& cancelled) {
+    boost::system::error_code ignored;
+    if (!cancelled) socket->close(ignored);
+  });
+  asio::async_connect(
+      *socket, addresses,
+      [this, meeting, socket, limit](const boost::system::error_code& refused, const tcp::endpoint&) {
+        limit->cancel();
+        if (!refused && socket->is_open()) return Greet(std::move(*socket), meeting);
+        dialling_ &= ~RankBit(meeting->dialled);
+      });
 }
 
 // Who has dialled says who it is, and the other one answers.
 void NetFabric::Greet(tcp::socket socket, const std::shared_ptr<Meeting>& meeting) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopping_) return;  // whoever comes now would keep the loop running
+  }
+  boost::system::error_code ignored;
+  const tcp::endpoint remote = socket.remote_endpoint(ignored);
+  meeting->remote = {remote.address().to_string(), remote.port()};
+  if (meeting->goes_on == nullptr) meeting->until = Clock::System().Now() + kSilenceMax;
   const auto connection = std::make_shared<RankConnection>(std::move(socket));
   meeting->connection = connection;
-  meeting->until = Clock::System().Now() + (meeting->goes_on != nullptr ? kQuietMax : kSilenceMax);
   meetings_.push_back(meeting);
   connection->Start(
       [this, meeting](const group::GroupMessage& message) {
@@ -207,11 +217,13 @@ void NetFabric::Greet(tcp::socket socket, const std::shared_ptr<Meeting>& meetin
         OnConnectionEnded(raw, *meeting, why, by_peer);
       });
   if (meeting->dialled < 0) return;
-  const RankLink* const link = meeting->goes_on.get();
-  SayHello(*connection, link == nullptr ? 0 : link->session(), link);
+  RankLink* const link = meeting->goes_on.get();
+  if (link == nullptr) return SayHello(*connection, 0, nullptr);
+  SayHello(*connection, link->session(), link, link->NextAttempt());
 }
 
-void NetFabric::SayHello(RankConnection& connection, uint64_t session, const RankLink* link) {
+void NetFabric::SayHello(RankConnection& connection, uint64_t session, const RankLink* link,
+                         uint64_t attempt) {
   group::GroupMessage message;
   group::GroupHello& hello = *message.mutable_hello();
   hello.set_version(kVersion);
@@ -221,6 +233,7 @@ void NetFabric::SayHello(RankConnection& connection, uint64_t session, const Ran
   hello.set_transfer(transfer_->Descriptor());
   hello.set_transfer_epoch(transfer_->epoch());
   hello.set_session(session);
+  hello.set_attempt(attempt);
   if (link != nullptr) {
     hello.set_taken(link->taken());
     hello.set_next(link->acknowledged());
@@ -241,16 +254,11 @@ void NetFabric::OnConnectionEnded(const RankConnection* connection, const Meetin
                                   const std::string& why, bool by_peer) {
   if (meeting.link == nullptr) {
     LogDebug("expert group: a connection was not taken: {}", why);
-    if (meeting.dialled >= 0) DialFailed(meeting.dialled);
+    if (meeting.dialled >= 0) dialling_ &= ~RankBit(meeting.dialled);
     return;
   }
   const std::lock_guard lock(mutex_);
-  Peer& peer = PeerOf(meeting.rank);
-  if (peer.link != meeting.link) return;
-  // While another connection is being made, the other side may have gone over to that one.
-  const bool waits = (dialling_ & RankBit(meeting.rank)) != 0;
-  if (waits && by_peer && peer.link->Uses(connection)) peer.ended = why;
-  if (peer.link->Ended(connection, why, by_peer && !waits))
+  if (PeerOf(meeting.rank).link == meeting.link && meeting.link->Ended(connection, why, by_peer))
     Lose(meeting.rank, "the connection to it ended: " + why);
 }
 
@@ -285,7 +293,7 @@ Status NetFabric::MeetAnew(const std::shared_ptr<RankConnection>& connection, co
   Peer& peer = PeerOf(meeting.rank);
   peer = std::move(made);
   peer.link = meeting.link = std::make_shared<RankLink>(session);
-  peer.ways = {net_.peers[static_cast<size_t>(meeting.rank)]};
+  peer.ways = {meeting.remote};
   for (int i = 0; i < std::min(hello.ways_size(), kWaysMax); ++i) {
     if (const StatusOr<HostPort> parsed = ParseHostPort(hello.ways(i)); parsed.ok())
       peer.ways.push_back(*parsed);
@@ -316,13 +324,14 @@ Status NetFabric::GoOn(const std::shared_ptr<RankConnection>& connection, const 
         link = peer.link;
       }
     }
+    if (link != nullptr && !link->IsNewAttempt(hello.attempt()))
+      return Cancelled("an attempt that was given up comes late");
     SayHello(*connection, link == nullptr ? 0 : link->session(), link.get());
   }
   const std::lock_guard lock(mutex_);
   Peer& peer = PeerOf(meeting.rank);
   if (link == nullptr || peer.link != link)
     return FailedPrecondition("the link that it goes on with is over");
-  if (dialled) dialling_ &= ~RankBit(meeting.rank);
   const bool fits = hello.session() == link->session() &&
                     link->Attach(connection, dialled ? hello.next() : link->taken(), hello.taken(),
                                  /*sure=*/dialled, Clock::System().Now());
@@ -330,7 +339,7 @@ Status NetFabric::GoOn(const std::shared_ptr<RankConnection>& connection, const 
     Lose(meeting.rank, "it has given up the link");
     return FailedPrecondition("the link is over");
   }
-  peer.ended.clear();
+  if (dialled) dialling_ &= ~RankBit(meeting.rank);
   meeting.link = link;
   LogWarning("expert group: the link with rank {} goes on over another connection", meeting.rank);
   return OkStatus();

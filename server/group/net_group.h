@@ -1,6 +1,6 @@
 #pragma once
 // Expert groups over several hosts: what ranks show each other goes through a transfer engine of the group's
-// own, over all rails; membership and progress through one connection between any two ranks.
+// own, over all rails; membership and progress through one link between any two ranks (rank_link.h).
 
 #include <memory>
 #include <string>

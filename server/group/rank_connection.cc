@@ -2,8 +2,10 @@
 
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/error.hpp>
+#include <boost/asio/post.hpp>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -85,11 +87,34 @@ bool RankConnection::TakeMessages() {
 void RankConnection::Send(const std::string& frame) {
   const std::lock_guard lock(mutex_);
   if (!open_) return;
-  const ssize_t sent = send(socket_.native_handle(), frame.data(), frame.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
-  if (sent == static_cast<ssize_t>(frame.size())) return;
-  const int error = errno;
-  if (sent >= 0 || error == EAGAIN) return EndLocked("it does not read what it is sent", false);
-  EndLocked(std::strerror(error), error == EPIPE || error == ECONNRESET);
+  if (!output_.empty()) {
+    output_ += frame;
+    return;
+  }
+  Write(frame.data(), frame.size());
+  if (!output_.empty())
+    boost::asio::post(socket_.get_executor(), [self = shared_from_this()] { self->WriteOn(); });
+}
+
+// With mutex_. What is left of these bytes is in output_ then.
+void RankConnection::Write(const char* bytes, size_t count) {
+  const ssize_t sent = send(socket_.native_handle(), bytes, count, MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (sent < 0 && errno != EAGAIN)
+    return EndLocked(std::strerror(errno), errno == EPIPE || errno == ECONNRESET);
+  const auto written = static_cast<size_t>(std::max<ssize_t>(sent, 0));
+  output_ = std::string(bytes + written, count - written);
+}
+
+void RankConnection::WriteOn() {
+  socket_.async_wait(boost::asio::ip::tcp::socket::wait_write,
+                     [self = shared_from_this()](const boost::system::error_code& error) {
+                       if (error) return;
+                       const std::lock_guard lock(self->mutex_);
+                       if (!self->open_) return;
+                       const std::string output = std::move(self->output_);
+                       self->Write(output.data(), output.size());
+                       if (self->open_ && !self->output_.empty()) self->WriteOn();
+                     });
 }
 
 void RankConnection::End(const std::string& why, bool by_peer) {
@@ -99,6 +124,7 @@ void RankConnection::End(const std::string& why, bool by_peer) {
 
 void RankConnection::EndLocked(const std::string& why, bool by_peer) {
   open_ = false;
+  output_.clear();
   why_ = why;
   by_peer_ = by_peer;
   shutdown(socket_.native_handle(), SHUT_RDWR);  // ends the read

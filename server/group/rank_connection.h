@@ -26,7 +26,7 @@ class RankConnection : public std::enable_shared_from_this<RankConnection> {
 
   // Both are called on the thread of the socket's executor; on_closed once, as the last.
   void Start(OnMessage on_message, OnClosed on_closed);
-  // Any thread; never blocks. Where a frame does not fit into the socket the connection ends.
+  // Any thread; never blocks. What does not fit into the socket waits here.
   void Send(const std::string& frame);
   // Any thread; on_closed follows. What was sent still goes out.
   void Close(const std::string& why) { End(why, /*by_peer=*/false); }
@@ -34,6 +34,8 @@ class RankConnection : public std::enable_shared_from_this<RankConnection> {
  private:
   void Read();
   bool TakeMessages();
+  void WriteOn();
+  void Write(const char* bytes, size_t count);
   void End(const std::string& why, bool by_peer);
   void EndLocked(const std::string& why, bool by_peer);
 
@@ -46,6 +48,7 @@ class RankConnection : public std::enable_shared_from_this<RankConnection> {
   bool open_ = true;
   bool by_peer_ = false;
   std::string why_;
+  std::string output_;  // does not fit yet
 };
 
 }  // namespace millrace::server

@@ -21,6 +21,7 @@ void RankLink::Send(const group::GroupMessage& message) {
     over_ = true;
     why_ = "it does not take what it is sent";
     if (connection_ != nullptr) connection_->Close(why_);
+    DropBefore();
     return;
   }
   if (connection_ != nullptr) connection_->Send(bytes);
@@ -32,6 +33,7 @@ void RankLink::Close(const std::string& why) {
   over_ = true;
   why_ = why;
   if (connection_ != nullptr) connection_->Close(why);
+  DropBefore();
 }
 
 bool RankLink::Attach(std::shared_ptr<RankConnection> connection, uint64_t next, uint64_t heard, bool sure,
@@ -42,10 +44,16 @@ bool RankLink::Attach(std::shared_ptr<RankConnection> connection, uint64_t next,
   heard_ = attached_ = now;
   const std::lock_guard lock(mutex_);
   if (over_) return false;
-  if (connection_ != nullptr) connection_->Close("another connection goes on");
+  if (connection_ != nullptr) before_.push_back(std::move(connection_));
   connection_ = std::move(connection);
+  if (sure) DropBefore();
   for (const Frame& frame : unacknowledged_) connection_->Send(frame.bytes);
   return true;
+}
+
+void RankLink::DropBefore() {
+  for (const auto& connection : before_) connection->Close("another connection goes on");
+  before_.clear();
 }
 
 bool RankLink::Uses(const RankConnection* connection) const {
@@ -55,7 +63,10 @@ bool RankLink::Uses(const RankConnection* connection) const {
 
 bool RankLink::Take(TimePoint now) {
   heard_ = now;
-  sure_ = true;
+  if (!std::exchange(sure_, true)) {
+    const std::lock_guard lock(mutex_);
+    DropBefore();
+  }
   if (skip_ > 0) {
     --skip_;
     return false;
@@ -66,6 +77,7 @@ bool RankLink::Take(TimePoint now) {
 
 bool RankLink::Ended(const RankConnection* connection, const std::string& why, bool by_peer) {
   const std::lock_guard lock(mutex_);
+  std::erase_if(before_, [&](const auto& other) { return other.get() == connection; });
   if (connection_.get() != connection) return false;
   connection_ = nullptr;
   if (by_peer && sure_ && !over_) {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "base/clock.h"
 #include "server/group/rank_connection.h"
@@ -29,9 +30,9 @@ class RankLink {
   void Close(const std::string& why);
 
   // Goes on over this connection: the first message that comes over it is the other side's number `next`,
-  // which has taken `heard` of this side's. `sure`: the other side uses the connection too, so its end would
-  // be that of the peer; else only once something has come over it. False: there is no such place to go on
-  // from.
+  // which has taken `heard` of this side's. `sure`: the other side uses the connection too. Else that shows
+  // when something has come over it; until then its end says nothing, and those before it, one of which the
+  // other side may still use, stay open. False: there is no such place to go on from.
   bool Attach(std::shared_ptr<RankConnection> connection, uint64_t next, uint64_t heard, bool sure,
               TimePoint now);
   bool Uses(const RankConnection* connection) const;
@@ -43,6 +44,13 @@ class RankLink {
   // The other side has taken that many of this side's messages; false if that cannot be.
   bool Acknowledge(uint64_t heard);
   uint64_t acknowledged() const;  // what the next connection begins with
+  // Who dials numbers its attempts to go on; who answers takes none that is older than the last.
+  uint64_t NextAttempt() { return ++attempt_; }
+  bool IsNewAttempt(uint64_t attempt) {
+    if (attempt <= attempt_) return false;
+    attempt_ = attempt;
+    return true;
+  }
 
   // Nothing has come, or nothing has been acknowledged, for longer than `max`; or there is no connection.
   bool Quiet(TimePoint now, Duration max) const;
@@ -55,7 +63,10 @@ class RankLink {
     TimePoint since;
   };
 
+  void DropBefore();  // with mutex_
+
   const uint64_t session_;
+  uint64_t attempt_ = 0;
   uint64_t taken_ = 0;
   uint64_t skip_ = 0;  // of what comes next, that was taken before over another connection
   bool sure_ = false;
@@ -64,6 +75,7 @@ class RankLink {
 
   mutable std::mutex mutex_;  // guards what follows
   std::shared_ptr<RankConnection> connection_;
+  std::vector<std::shared_ptr<RankConnection>> before_;  // not in use here
   std::deque<Frame> unacknowledged_;
   size_t unacknowledged_bytes_ = 0;
   uint64_t acknowledged_ = 0;  // messages before unacknowledged_.front()

@@ -90,8 +90,10 @@ class Pair:
     def cut(self, link):
         """Nothing comes through; side 0 sees its interface go down, side 1 its carrier."""
         ip("-n", self.names[0], "link", "set", f"rail{link}", "down")
-        yield
-        ip("-n", self.names[0], "link", "set", f"rail{link}", "up")
+        try:
+            yield
+        finally:
+            ip("-n", self.names[0], "link", "set", f"rail{link}", "up")
 
     def bytes_sent(self, side, link):
         text = subprocess.run([*self.prefix(side), "cat", f"/sys/class/net/rail{link}/statistics/tx_bytes"],

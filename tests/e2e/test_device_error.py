@@ -2,7 +2,6 @@
 was answering goes on elsewhere. The program is the real one over a backend that fails at a given step (failing_backend.cc)."""
 
 import pathlib
-import threading
 
 import pytest
 
@@ -52,12 +51,7 @@ def test_its_requests_go_on_elsewhere(healthy, long_model, make_prompt, role, fa
         while failing.running():
             answers[i].append(harness.complete(gateway.address, prompts[i], **fields))
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    assert_ended_with_the_cause(failing)
-    for thread in threads:
-        thread.join()
+    harness.in_threads([lambda: assert_ended_with_the_cause(failing), *(lambda i=i: ask(i) for i in range(len(prompts)))])
     for i, given in enumerate(answers):
         assert given and all(answer == expected[i] for answer in given)
     assert gateway.stop() == 0

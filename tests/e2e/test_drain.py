@@ -82,11 +82,13 @@ def test_liveness_follows_the_steps_of_the_own_engines(logs, model):
         if called_first:
             asking.start()
             harness.wait_until(lambda: harness.metric(process.address, "millrace_engine_running") > 0, 20, "it runs")
-        with thread_hold.held([process], "engine"):
-            if not called_first:
-                asking.start()
-            harness.wait_until(lambda: status("/live") == 503, 30, "it is alive though its engine stands still", interval=0.1)
-            assert status("/health") == 503
+        try:
+            with thread_hold.held([process], "engine"):
+                if not called_first:
+                    asking.start()
+                harness.wait_until(lambda: status("/live") == 503, 30, "it is alive though its engine stands still", interval=0.1)
+                assert status("/health") == 503
+        finally:
             ended.set()
         harness.wait_until(lambda: status("/live") == 200, 30, "it does not come back", interval=0.1)
         asking.join()

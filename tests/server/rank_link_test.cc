@@ -19,7 +19,6 @@ struct Side {
   uint64_t said = 0;
   uint64_t heard = 0;
   bool over = false;
-  bool waits = false;  // for another connection: the end of this one may be the peer's going over to that
 
   void Say() {
     group::GroupMessage message;
@@ -35,7 +34,7 @@ struct Side {
           ASSERT_TRUE(link.Acknowledge(message.beat().taken()));
         },
         [this, raw = connection.get()](const std::string& why, bool by_peer) {
-          over |= link.Ended(raw, why, by_peer && !waits);
+          over |= link.Ended(raw, why, by_peer);
         });
   }
 };
@@ -65,7 +64,6 @@ class RankLinkTest : public ::testing::Test {
   void GoOn(Random& random, bool abandoned) {
     const auto [dials, answers] = Connect();
     const uint64_t hello_taken = a_.link.taken();
-    a_.waits = true;
     Chat(random);
     ASSERT_TRUE(b_.link.Acknowledge(hello_taken));
     const uint64_t answer_taken = b_.link.taken();
@@ -76,7 +74,6 @@ class RankLinkTest : public ::testing::Test {
     if (abandoned) return;  // the end of `dials` closes it
     ASSERT_TRUE(a_.link.Attach(dials, answer_next, answer_taken, /*sure=*/true, Clock::System().Now()));
     a_.Start(dials);
-    a_.waits = false;
   }
   void Chat(Random& random) {
     for (uint64_t i = random.Below(20); i > 0; --i) {
@@ -141,6 +138,46 @@ TEST_F(RankLinkTest, EndsWithThePeerAndNotWithAWay) {
   answers.reset();
   PollUntil([&] { return a_.over; });
   EXPECT_TRUE(a_.over && a_.link.over()) << a_.link.why();
+}
+
+// Much more than a socket takes at once, when a link goes on.
+TEST_F(RankLinkTest, GoesOnWithALot) {
+  group::GroupMessage message;
+  message.mutable_grant()->set_held(std::string(400'000, 'x'));
+  for (int i = 0; i < 30; ++i) a_.link.Send(message);
+  const auto [dials, answers] = Connect();
+  uint64_t come = 0;
+  answers->Start(
+      [&](const group::GroupMessage& got) { come += got.grant().held().size() == 400'000 ? 1 : 1000; },
+      [](const std::string&, bool) {});
+  ASSERT_TRUE(a_.link.Attach(dials, 0, 0, true, Clock::System().Now()));
+  a_.Start(dials);
+  a_.link.Send(message);
+  PollUntil([&] { return come >= 31; });
+  EXPECT_EQ(come, 31U);
+  EXPECT_FALSE(a_.over);
+}
+
+// An answer to an attempt that was given up must not end the connection that the other side uses.
+TEST_F(RankLinkTest, AnAttemptThatWasGivenUpHarmsNobody) {
+  const auto [dials, answers] = Connect();
+  ASSERT_TRUE(a_.link.Attach(dials, 0, 0, true, Clock::System().Now()));
+  ASSERT_TRUE(b_.link.Attach(answers, 0, 0, true, Clock::System().Now()));
+  a_.Start(dials);
+  b_.Start(answers);
+  for (int i = 0; i < 3; ++i) {
+    auto [given_up, late] = Connect();
+    given_up.reset();
+    ASSERT_TRUE(
+        b_.link.Attach(late, b_.link.taken(), a_.link.taken(), /*sure=*/false, Clock::System().Now()));
+    b_.Start(late);
+    for (int n = 0; n < 50; ++n) Poll(10);
+  }
+  EXPECT_TRUE(a_.link.Uses(dials.get())) << "it is still open";
+  EXPECT_FALSE(a_.over || b_.over);
+  EXPECT_TRUE(b_.link.IsNewAttempt(4));
+  EXPECT_FALSE(b_.link.IsNewAttempt(4));
+  EXPECT_FALSE(b_.link.IsNewAttempt(3));
 }
 
 TEST_F(RankLinkTest, KeepsOnlySoMuch) {
