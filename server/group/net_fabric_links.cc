@@ -25,8 +25,8 @@ constexpr auto kBeatEvery = std::chrono::milliseconds(100);
 constexpr Duration kLoadsEvery = std::chrono::seconds(1);
 constexpr Duration kSilenceMax = std::chrono::seconds(5);
 constexpr Duration kMeetMax = std::chrono::seconds(1);  // to connect
-// A link on which nothing is heard or acknowledged for this long goes on over another connection; one attempt
-// after the other, each of which may take so long. With the usual heartbeat_max of 2 s up to five ways are
+// A link on which nothing is heard or acknowledged for this long goes on over another connection. Attempts
+// come one after the other and get kTryMax each: with the usual heartbeat_max of 2 s up to five ways are
 // tried.
 constexpr Duration kQuietMax = std::chrono::milliseconds(500);
 constexpr Duration kTryMax = std::chrono::milliseconds(300);
@@ -349,9 +349,8 @@ Status NetFabric::MayMeet(int32_t rank, const group::GroupHello& hello) {
   if (stopping_ || belief_.cast_out()) return Cancelled("this rank ends");
   if (hello.layout() != own_->header().layout) {
     const Status mismatch = FailedPrecondition(
-        "rank {} serves another model, or with another weight format, instruction set, batch size or number "
-        "of "
-        "ranks",
+        "rank {} serves another model, or with another weight format, instruction set, batch size or "
+        "number of ranks",
         rank);
     LogWarning("expert group: {}", Message(mismatch));
     if (!belief_.member() && (hello.members().formed() || rank < rank_)) refused_ = mismatch;

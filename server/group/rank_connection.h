@@ -28,7 +28,7 @@ class RankConnection : public std::enable_shared_from_this<RankConnection> {
   void Start(OnMessage on_message, OnClosed on_closed);
   // Any thread; never blocks. What does not fit into the socket waits here.
   void Send(const std::string& frame);
-  // Any thread; on_closed follows. What was sent still goes out.
+  // Any thread; on_closed follows. What the socket has taken still goes out.
   void Close(const std::string& why) { End(why, /*by_peer=*/false); }
 
  private:

@@ -49,6 +49,15 @@ class RankLinkTest : public ::testing::Test {
     return {std::make_shared<RankConnection>(std::move(dials)),
             std::make_shared<RankConnection>(std::move(answers))};
   }
+  // The link's first connection. Returns a_'s end of it.
+  std::shared_ptr<RankConnection> Begin() {
+    const auto [dials, answers] = Connect();
+    EXPECT_TRUE(a_.link.Attach(dials, 0, 0, true, Clock::System().Now()));
+    EXPECT_TRUE(b_.link.Attach(answers, 0, 0, true, Clock::System().Now()));
+    a_.Start(dials);
+    b_.Start(answers);
+    return dials;
+  }
   // Handles what has come, some of it or all.
   void Poll(uint64_t handlers) {
     io_.restart();
@@ -89,11 +98,7 @@ class RankLinkTest : public ::testing::Test {
 
 TEST_F(RankLinkTest, EveryMessageOnceAndInOrder) {
   Random random(17);
-  const auto [dials, answers] = Connect();
-  ASSERT_TRUE(a_.link.Attach(dials, 0, 0, true, Clock::System().Now()));
-  ASSERT_TRUE(b_.link.Attach(answers, 0, 0, true, Clock::System().Now()));
-  a_.Start(dials);
-  b_.Start(answers);
+  Begin();
   for (int i = 0; i < 600; ++i) {
     Chat(random);
     GoOn(random, /*abandoned=*/random.Below(3) == 0);
@@ -160,11 +165,7 @@ TEST_F(RankLinkTest, GoesOnWithALot) {
 
 // An answer to an attempt that was given up must not end the connection that the other side uses.
 TEST_F(RankLinkTest, AnAttemptThatWasGivenUpHarmsNobody) {
-  const auto [dials, answers] = Connect();
-  ASSERT_TRUE(a_.link.Attach(dials, 0, 0, true, Clock::System().Now()));
-  ASSERT_TRUE(b_.link.Attach(answers, 0, 0, true, Clock::System().Now()));
-  a_.Start(dials);
-  b_.Start(answers);
+  const std::shared_ptr<RankConnection> first = Begin();
   for (int i = 0; i < 3; ++i) {
     auto [given_up, late] = Connect();
     given_up.reset();
@@ -173,7 +174,7 @@ TEST_F(RankLinkTest, AnAttemptThatWasGivenUpHarmsNobody) {
     b_.Start(late);
     for (int n = 0; n < 50; ++n) Poll(10);
   }
-  EXPECT_TRUE(a_.link.Uses(dials.get())) << "it is still open";
+  EXPECT_TRUE(a_.link.Uses(first.get())) << "it is still open";
   EXPECT_FALSE(a_.over || b_.over);
   EXPECT_TRUE(b_.link.IsNewAttempt(4));
   EXPECT_FALSE(b_.link.IsNewAttempt(4));
